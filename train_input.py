@@ -1,0 +1,240 @@
+"""The input trainer: trains layer 1 along synthetic gradients, and drives the run.
+
+    python train_input.py x.npy y.npy                        # gradients guessed by the oracle
+    python train_input.py x.npy y.npy --gradients true       # waits for the output trainer's: ordinary backprop
+    python train_input.py x.npy y.npy --gradients zero       # layer 1 never learns: the control
+
+After its forward pass it throws the activations at train_output.py, fire and forget, and does not wait for the true
+gradient: it asks oracle.py for a guess, and descends along that. Now and then it fetches the output half's weights,
+tests the whole network on held-out examples, and writes a row and a snapshot into progress/.
+http://127.0.0.1:5003/ shows the run while it lasts.
+"""
+import copy
+import sys
+import threading
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+import synthgrad
+from sgd import (Progress, Sigmoid, backprop, feed_forward, load_data, make_layers, mean_squared_error,
+                 read_snapshot, snapshots)
+
+
+def train(layers, x, y, gradients, throw, learning_rate, momentum, order):
+    """The algorithm. Yields after each update; `order` yields the indices i of each minibatch."""
+    for i in order:
+        h = feed_forward(layers, x[i])
+        throw(i, h, y[i])                      # to the output trainer, fire and forget
+        g = gradients(h, y[i])                 # ĝ, the oracle's guess, now; rather than the true g, some time later
+        backprop(layers, g)
+        for layer in layers:
+            layer.descend(learning_rate(), momentum)
+        yield len(i)
+
+
+def minibatches(num_examples, batch_size, skip, seed):
+    """Indices without end, each epoch in a new order; the first `skip` examples are passed over."""
+    epoch, start = divmod(skip, num_examples)
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+        for k in range(start, num_examples, batch_size):
+            yield order[k:k + batch_size]
+        epoch, start = epoch + 1, 0
+
+
+class Run:
+    """One run: the two other processes as seen from here, the counters, and what is written down.
+
+    The training loop owns everything here but `thrower`, the sender's thread's client, and what `reconnecting` guards.
+    """
+
+    def __init__(self, args, stop, half, x_test, y_test):
+        self.args, self.stop, self.half, self.x_test, self.y_test = args, stop, half, x_test, y_test
+        self.oracle = synthgrad.OracleClient(args.oracle_server, args.token)
+        self.output = synthgrad.LayerClient(args.output_server, args.token)
+        self.thrower = synthgrad.LayerClient(args.output_server, args.token)
+        self.reconnecting, self.output_instance, self.output_weights = threading.Lock(), None, None
+        self.examples = self.updates = 0
+        self.seconds, self.row, self.snapshot = 0.0, {}, None
+
+    # -- gradients, from one of three sources --
+
+    def synthetic(self, h, y):
+        return self.patiently(lambda: self.oracle.estimate_gradients(h, y), f"the oracle at {self.oracle.url}")
+
+    def true(self, h, y):
+        return self.from_output(lambda: self.output.true_gradients(h, y))
+
+    def zero(self, h, y):
+        return 0 * self.synthetic(h, y)  # asks all the same, so that this control differs in nothing else
+
+    # -- the output trainer, which may have been started anew since --
+
+    def throw(self, i, h, y):
+        self.reconnected(self.thrower, lambda: self.thrower.training_examples(i, h, y))
+
+    def from_output(self, call):
+        return self.patiently(lambda: self.reconnected(self.output, call), f"the output trainer at {self.output.url}")
+
+    def patiently(self, call, who):
+        return synthgrad.until_answered(call, who, self.stop, self.args.patience)
+
+    def reconnected(self, client, call):
+        """call(); a restarted output trainer is first given its half back, as of the newest snapshot."""
+        try:
+            return call()
+        except synthgrad.Refused as error:
+            if error.status != 412:
+                raise
+        with self.reconnecting:
+            instance = client.status()["instance"]
+            if instance != self.output_instance:
+                client.restore(*self.output_weights)
+                self.output_instance = instance
+                print("the output trainer was started anew: gave it the newest snapshot's weights", file=sys.stderr)
+        return call()
+
+    def connect(self, output_half=None):
+        """Wait for both processes, and check that they fit; `output_half` goes to an output trainer that is new."""
+        width = self.args.layers[-1]
+        status = self.patiently(self.output.status, f"the output trainer at {self.output.url}")
+        self.output_layers, self.output_instance = status["layers"], status["instance"]
+        if status["layers"][0] != width:
+            raise ValueError(f"the output trainer's --layers begin with {status['layers'][0]}, ours end with {width}")
+        self.thrower.headers["If-Match"] = status["instance"]
+        if output_half and not status.get("updates"):
+            self.output.restore(*output_half)
+        if self.args.gradients != "true":
+            status = self.patiently(self.oracle.status, f"the oracle at {self.oracle.url}")
+            if status["layers"][0] != width:
+                raise ValueError(f"the oracle's --layers begin with {status['layers'][0]}, ours end with {width}")
+
+    # -- what is written down --
+
+    def take_snapshot(self, progress):
+        """Compose the whole network, test it, write it. The snapshot's layers are never written to again."""
+        weights, updates = self.from_output(lambda: self.output.weights(self.output_layers))
+        with self.reconnecting:
+            self.output_weights = weights, updates
+        whole = [*copy.deepcopy(self.half), *make_layers(self.output_layers, np.random.default_rng(0))]
+        for layer, (layer.w, layer.b) in zip(whole[len(self.half):], weights):
+            pass
+        self.row = {"seconds": self.seconds, "examples": self.examples, "epoch": self.examples / self.args.num_examples,
+                    "test_mse": mean_squared_error(whole, self.x_test, self.y_test),
+                    "gradient_cosine": self.gradient_cosine(whole)}
+        if not np.isfinite(self.row["test_mse"]):
+            raise FloatingPointError("the network diverged; try a lower --learning-rate")
+        progress.write(whole, **self.row, updates=self.updates, output_updates=updates)
+        self.snapshot = whole
+
+    def gradient_cosine(self, whole):
+        """The mean cosine between ĝ and g over 500 held-out examples; NaN when the oracle is not asked."""
+        if self.args.gradients == "true":
+            return float("nan")
+        half, output, y = whole[:len(self.half)], whole[len(self.half):], self.y_test[:500]
+        h = feed_forward(half, self.x_test[:500])
+        g = backprop(output, feed_forward(output, h) - y[:, None])
+        guess = self.synthetic(h, y)
+        norms = np.linalg.norm(g, axis=1) * np.linalg.norm(guess, axis=1)
+        return float(np.mean(np.sum(g * guess, axis=1) / np.maximum(norms, 1e-20)))
+
+    def status(self):
+        return {"layers": self.args.layers, "gradients": self.args.gradients, "updates": self.updates,
+                "examples": self.examples, "seconds": self.seconds, **self.row}
+
+
+def main(args, stop):
+    if None in (args.x, args.y):
+        raise ValueError("expected x.npy and y.npy, the training data; `python generate.py` makes them")
+    x, y, x_test, y_test = load_data(args.x, args.y)
+    args.num_examples = len(x)
+    if args.layers[0] != x.shape[1]:
+        raise ValueError(f"--layers {args.layers}: must begin with {x.shape[1]}, the columns of {args.x}")
+    half = make_layers(args.layers, np.random.default_rng(args.seed), last=Sigmoid)
+    run = Run(args, stop, half, x_test, y_test)
+    output_half = resume(run) if args.resume else None
+    app = synthgrad.make_app("input trainer", run.status, args.token)
+
+    @app.get("/weights")
+    def weights():
+        layers = run.snapshot[:len(half)] if run.snapshot else half
+        return synthgrad.encode_weights([(layer.w, layer.b) for layer in layers], run.updates)
+
+    synthgrad.serve(app, args.host, args.port, args.token)
+    columns = ["seconds", "examples", "epoch", "test_mse", "gradient_cosine"]
+    try:
+        run.connect(output_half)
+        progress = Progress(args.progress_dir, columns, args.resume)
+        learn(run, x, y, progress)
+    except synthgrad.Stopped:
+        pass
+
+
+def learn(run, x, y, progress):
+    """Train for args.num_epochs, with a progress bar, a snapshot now and then and one at the end."""
+    args, total = run.args, run.args.num_epochs * len(x)
+    run.take_snapshot(progress)
+    sender = run.sender = synthgrad.Sender(run.throw, f"the output trainer at {run.output.url}", max_examples=10_000,
+                                           interval=args.send_interval)
+    updates = train(run.half, x, y, getattr(run, args.gradients),
+                    sender.throw if args.gradients != "true" else lambda *_: None,
+                    lambda: args.learning_rate / (1 + run.updates / args.decay), args.momentum,
+                    minibatches(len(x), args.batch_size, run.examples, args.seed))
+    before, start, due = run.seconds, time.perf_counter(), args.snapshot_seconds
+    with tqdm(total=total, initial=run.examples, unit=" examples", unit_scale=True) as bar:
+        while run.examples < total and not run.stop:
+            run.examples += next(updates)
+            run.updates += 1
+            elapsed = time.perf_counter() - start
+            run.seconds = before + elapsed
+            if not sender.reachable:
+                run.from_output(lambda: run.output.weights(run.output_layers))
+                sender.reachable = True
+            if elapsed > due:
+                due = elapsed + args.snapshot_seconds
+                run.take_snapshot(progress)
+                bar.set_postfix_str(f"epoch {run.row['epoch']:.1f}, held-out MSE {run.row['test_mse']:.4f}")
+                bar.update(run.examples - bar.n)
+        sender.close(timeout=5)
+    run.stop.requested = False   # so that the last snapshot is taken after Ctrl-C, too
+    run.take_snapshot(progress)
+    print(f"{run.examples} examples in {run.seconds:.1f} s, held-out MSE {run.row['test_mse']:.4f}: "
+          f"{args.progress_dir}/metrics.csv", flush=True)
+
+
+def resume(run):
+    """Take the newest whole snapshot's layer 1 and counters; returns the output half's (weights, updates)."""
+    for path in reversed(snapshots(run.args.progress_dir)):
+        try:
+            layers, row = read_snapshot(path)
+            mine, others = layers[:len(run.half)], layers[len(run.half):]
+            if [len(layer.w) for layer in mine] + [len(mine[-1].b)] != run.args.layers:
+                raise ValueError(f"{path} holds other layers than --layers {run.args.layers}")
+        except ValueError as error:
+            print(f"{error}; using the one before", file=sys.stderr)
+            continue
+        run.half[:] = mine
+        run.examples, run.seconds, run.updates = row["examples"], row["seconds"], row["updates"]
+        run.output_weights = [(layer.w, layer.b) for layer in others], row["output_updates"]
+        print(f"going on from {path}, {run.examples} examples", file=sys.stderr)
+        return run.output_weights
+    print(f"no snapshot in {run.args.progress_dir}: starting afresh", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parser = synthgrad.argument_parser(__doc__, 5003, [2, 24], learning_rate=0.3)
+    parser.add_argument("x", nargs="?", help="inputs, (n, columns)")
+    parser.add_argument("y", nargs="?", help="targets, (n,)")
+    parser.add_argument("--gradients", choices=["synthetic", "true", "zero"], default="synthetic", help="%(default)s")
+    parser.add_argument("--momentum", type=float, default=0.0, help="%(default)s")
+    parser.add_argument("--decay", type=float, default=20_000, help="updates until the rate has halved (%(default)s)")
+    parser.add_argument("--num-epochs", type=int, default=16, help="%(default)s")
+    parser.add_argument("--oracle-server", default="127.0.0.1:5001", help="%(default)s")
+    parser.add_argument("--output-server", default="127.0.0.1:5002", help="%(default)s")
+    parser.add_argument("--progress-dir", default="progress", help="%(default)s")
+    parser.add_argument("--snapshot-seconds", type=float, default=5, help="%(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in --progress-dir")
+    parser.add_argument("--send-interval", type=float, default=0.01)
+    synthgrad.run(main, parser)

@@ -1,0 +1,159 @@
+"""The output trainer: trains layers 2 and 3 on whatever activations have arrived, and tells the oracle the truth.
+
+    python train_output.py                      # 24 -> 12 -> 1, listens on 127.0.0.1:5002
+
+train_input.py throws (i, h, y) at it: indices, activations, targets. It keeps the newest activations per index, and
+loops over this partial training set. The true gradients g = dL/dh that fall out of its backprop it throws at the
+oracle, fire and forget. It never waits for either, except at the start, for the oracle's dimensions.
+"""
+import argparse
+
+import numpy as np
+
+import synthgrad
+from sgd import backprop, feed_forward, make_layers
+
+
+def train(half, examples, inbox, throw, batch_size, rng, stop):
+    """The algorithm: train over whatever set there is, in a loop, and throw the true gradients at the oracle."""
+    rest = synthgrad.Rest()
+    while not stop:
+        idle = rest.due(examples.received)
+        inbox.work(wait=idle)                  # new activations come in
+        if idle:
+            continue
+        i, h, y = examples.minibatch(batch_size, rng)
+        y_hat = feed_forward(half.layers, h)
+        error = y_hat - y[:, None]             # dL/dŷ of L = ½ (ŷ − y)²
+        g = backprop(half.layers, error)       # dL/dh, per example
+        half.descend(error)
+        throw(i, h, y, g)                      # fire and forget
+
+
+class OutputHalf:
+    """Layers 2 and 3, and how fast they learn. Only the training loop touches them."""
+
+    def __init__(self, dims, learning_rate, momentum, decay, rng):
+        self.layers = make_layers(dims, rng)
+        self.learning_rate, self.momentum, self.decay = learning_rate, momentum, decay
+        self.updates, self.loss = 0, None
+
+    def descend(self, error):
+        """One update, at a rate that falls as 1 / (1 + updates / decay). Changes nothing if the error is not finite."""
+        loss = float(np.vdot(error, error)) / len(error)
+        if not np.isfinite(loss):
+            raise FloatingPointError("the output half diverged; try a lower --learning-rate")
+        self.loss = loss if self.loss is None else self.loss + 0.01 * (loss - self.loss)
+        self.updates += 1
+        learning_rate = self.learning_rate / (1 + self.updates / self.decay)
+        for layer in self.layers:
+            layer.descend(learning_rate, self.momentum)
+
+    def locked_step(self, h, y):
+        """The update-locked alternative: one step on just these examples. h (batch, width) -> dL/dh of that shape."""
+        error = feed_forward(self.layers, h) - y[:, None]
+        g = backprop(self.layers, error)
+        self.descend(error)
+        return g
+
+    def weights(self):
+        return [(layer.w.copy(), layer.b.copy()) for layer in self.layers], self.updates
+
+    def restore(self, weights, updates):
+        for layer, (w, b) in zip(self.layers, weights):
+            layer.w[:], layer.b[:] = w, b
+        self.updates = updates
+
+
+class NewestPerIndex:
+    """The partial training set: the newest (h, y) per index i, in arrays that only the training loop touches.
+
+    Bounded to `capacity` examples: index i lives in slot i % capacity. What arrives for an occupied slot replaces
+    what is there; if that had another index, it counts as dropped. received = stored + replaced + dropped.
+    """
+
+    def __init__(self, capacity, width):
+        self.owner = np.zeros(capacity, np.int64)  # index + 1, 0 for an empty slot; zeros take no memory until used
+        self.h, self.y = np.empty((capacity, width), np.float32), np.empty(capacity, np.float32)
+        self.filled = np.empty(capacity, np.int32)  # the first `stored` entries: the slots in use
+        self.received = self.stored = self.replaced = self.dropped = 0
+
+    def add(self, i, h, y):
+        """i (batch,), h (batch, width), y (batch,): later rows are newer."""
+        newest = synthgrad.newest_rows(i % len(self.y))
+        slots = i[newest] % len(self.y)
+        before = self.owner[slots]
+        fresh = slots[before == 0]
+        self.filled[self.stored:self.stored + len(fresh)] = fresh
+        replaced = int(np.count_nonzero(before == i[newest] + 1)) + len(i) - len(np.unique(i))
+        self.owner[slots], self.h[slots], self.y[slots] = i[newest] + 1, h[newest], y[newest]
+        self.received += len(i)
+        self.stored += len(fresh)
+        self.replaced += replaced
+        self.dropped = self.received - self.stored - self.replaced
+
+    def counters(self):
+        return {name: getattr(self, name) for name in ("received", "stored", "replaced", "dropped")}
+
+    def minibatch(self, batch_size, rng):
+        """i, h, y of examples drawn at random, with replacement."""
+        slots = self.filled[rng.integers(self.stored, size=batch_size)]
+        return self.owner[slots] - 1, self.h[slots], self.y[slots]
+
+
+def main(args, stop):
+    width = args.layers[0]
+    if args.layers[-1] != 1:
+        raise ValueError(f"--layers {args.layers}: must end with 1, the target's width")
+    rng, inbox = np.random.default_rng(args.seed), synthgrad.Inbox()
+    half = OutputHalf(args.layers, args.learning_rate, args.momentum, args.decay, rng)
+    examples = NewestPerIndex(args.memory * 2**20 // (4 * width + 16), width)
+    sender = synthgrad.Sender(synthgrad.OracleClient(args.oracle_server, args.token).provide_gradients,
+                              f"the oracle at {args.oracle_server}", max_examples=args.send_max, interval=args.send_interval)
+
+    def status():
+        return {"layers": args.layers, "updates": half.updates, "loss": half.loss, "gradients": sender.counters(),
+                "examples": examples.counters()}
+
+    app = synthgrad.make_app("output trainer", status, args.token)
+
+    @app.post("/training_examples")
+    def training_examples():
+        i, h, y = synthgrad.read(i=(), h=(width,), y=())
+        inbox.ask(examples.add, i, h, y)
+        return {"accepted": len(i)}
+
+    @app.post("/true_gradients")
+    def true_gradients():
+        return synthgrad.encode(gradients=inbox.ask(half.locked_step, *synthgrad.read(h=(width,), y=())))
+
+    @app.get("/weights")
+    def get_weights():
+        return synthgrad.encode_weights(*inbox.ask(half.weights))
+
+    @app.put("/weights")
+    def put_weights():
+        inbox.ask(half.restore, *synthgrad.decode_weights(synthgrad.read_json(), args.layers))
+        return {"accepted": len(half.layers)}
+
+    synthgrad.serve(app, args.host, args.port, args.token)
+    synthgrad.yield_to_servers()
+    print(f"output trainer {args.layers} answers on {args.host}:{args.port}", flush=True)
+    oracle = synthgrad.OracleClient(args.oracle_server, args.token)
+    found = synthgrad.until_answered(oracle.status, f"the oracle at {oracle.url}", stop, args.patience,
+                                     pause=lambda: inbox.work(wait=True))
+    if found["layers"][0] != width:
+        raise ValueError(f"the oracle guesses gradients of {found['layers'][0]} activations, but --layers begins with {width}")
+    train(half, examples, inbox, sender.throw, args.batch_size, rng, stop)
+    sender.close(timeout=5)
+
+
+if __name__ == "__main__":
+    parser = synthgrad.argument_parser(__doc__, 5002, [24, 12, 1], learning_rate=0.5)
+    parser.add_argument("--oracle-server", default="127.0.0.1:5001", help="%(default)s")
+    parser.add_argument("--momentum", type=float, default=0.9, help="%(default)s")
+    parser.add_argument("--decay", type=float, default=20_000, help="updates until the rate has halved (%(default)s)")
+    parser.add_argument("--memory", type=int, default=1024, help="bound of the training set, MiB (%(default)s)")
+    parser.add_argument("--send-max", type=int, default=2000, help=argparse.SUPPRESS)
+    parser.add_argument("--send-interval", type=float, default=0.02, help=argparse.SUPPRESS)
+    synthgrad.run(main, parser)
