@@ -9,6 +9,7 @@ gradient: it asks oracle.py for a guess, and descends along that. Now and then i
 tests the whole network on held-out examples, and writes a row and a snapshot into progress/.
 http://127.0.0.1:5003/ shows the run while it lasts.
 """
+import collections
 import copy
 import sys
 import threading
@@ -58,11 +59,15 @@ class Run:
         self.reconnecting, self.output_instance, self.output_weights = threading.Lock(), None, None
         self.examples = self.updates = 0
         self.seconds, self.row, self.snapshot = 0.0, {}, None
+        self.latencies = collections.deque(maxlen=1000)  # seconds that the oracle took to answer
 
     # -- gradients, from one of three sources --
 
     def synthetic(self, h, y):
-        return self.patiently(lambda: self.oracle.estimate_gradients(h, y), f"the oracle at {self.oracle.url}")
+        asked = time.perf_counter()
+        g = self.patiently(lambda: self.oracle.estimate_gradients(h, y), f"the oracle at {self.oracle.url}")
+        self.latencies.append(time.perf_counter() - asked)
+        return g
 
     def true(self, h, y):
         return self.from_output(lambda: self.output.true_gradients(h, y))
@@ -142,7 +147,8 @@ class Run:
 
     def status(self):
         return {"layers": self.args.layers, "gradients": self.args.gradients, "updates": self.updates,
-                "examples": self.examples, "seconds": self.seconds, **self.row}
+                "examples": self.examples, "seconds": self.seconds, **self.row,
+                "latency_ms": {f"p{p}": float(np.percentile(list(self.latencies) or [0], p)) * 1e3 for p in (50, 95)}}
 
 
 def main(args, stop):

@@ -154,6 +154,6 @@ if __name__ == "__main__":
     parser.add_argument("--momentum", type=float, default=0.9, help="%(default)s")
     parser.add_argument("--decay", type=float, default=20_000, help="updates until the rate has halved (%(default)s)")
     parser.add_argument("--memory", type=int, default=1024, help="bound of the training set, MiB (%(default)s)")
-    parser.add_argument("--send-max", type=int, default=2000, help=argparse.SUPPRESS)
+    parser.add_argument("--send-max", type=int, default=500, help=argparse.SUPPRESS)
     parser.add_argument("--send-interval", type=float, default=0.02, help=argparse.SUPPRESS)
     synthgrad.run(main, parser)
