@@ -77,7 +77,8 @@ class Oracle:
             results = [total / STEPS, scale, mean, deviation, *self.model.trainable_variables]
             return tf.concat([tf.reshape(result, [-1]) for result in results], 0)
 
-        self._train = train
+        train(np.zeros((POOL, dims[0]), np.float32), np.zeros((POOL, dims[-1]), np.float32))  # compiles; learns nothing
+        self._train, self.updates = train, 0
         self._shapes = [(), (), dims[:1], dims[:1], *(weight.shape for weight in self.model.trainable_variables)]
         zeros, ones = np.zeros(dims[0], np.float32), np.ones(dims[0], np.float32)
         self._publish([0, np.float32(0), zeros, ones, *self.model.get_weights()])
@@ -108,6 +109,7 @@ class Oracle:
         ends = np.cumsum([math.prod(shape) for shape in self._shapes])
         results = [part.reshape(shape) for part, shape in zip(np.split(flat, ends), self._shapes)]
         self._publish(results)
+        self.updates += STEPS
         return float(results[0])
 
 
@@ -123,7 +125,9 @@ def main(args, stop):
         return np.column_stack([h, y]) if args.condition_on_labels else h
 
     def status():
-        return {"layers": args.layers, "condition_on_labels": args.condition_on_labels, "loss": loss,
+        return {"layers": args.layers, "condition_on_labels": args.condition_on_labels,
+                "ready": oracle is not None,
+                "updates": oracle.updates if oracle else 0, "loss": loss,
                 "estimated": estimated, "received": examples.received, "stored": examples.stored,
                 "dropped": examples.dropped}
 

@@ -1,0 +1,37 @@
+# make run | test | sgd | plots | compare | bench | bench-long | bench-depth | soak | clean
+# EPOCHS=20 sets the length of a run, VENV=dir puts the virtual environment elsewhere.
+
+PYTHON ?= python3
+VENV ?= .venv
+EPOCHS ?= 16
+BIN = $(VENV)/bin
+
+run: x.npy
+	@$(BIN)/python -m tests.processes --num-epochs $(EPOCHS)
+	@$(BIN)/python plot.py progress
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q tests
+
+sgd: x.npy
+	$(BIN)/python sgd.py x.npy y.npy
+
+plots: $(VENV)/ready
+	$(BIN)/python plot.py
+
+compare bench bench-long bench-depth soak: x.npy
+	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@)
+
+x.npy: $(VENV)/ready
+	test -e x.npy -a -e y.npy || $(BIN)/python generate.py
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf progress progress.old sgd_progress sgd_progress.old synthetic_plots learning.gif learning_curves.png target.png \
+	  x.npy y.npy compare __pycache__ tests/__pycache__ tests/benchmarks/__pycache__ .pytest_cache .hypothesis
+
+.PHONY: run test sgd plots compare bench bench-long bench-depth soak clean

@@ -1,0 +1,135 @@
+"""Starts the three processes, watches them, and leaves none behind. `make run` runs this file; tests and benchmarks
+import it.
+
+    python -m tests.processes --num-epochs 16   # the default ports, the terminal's own output
+"""
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 60  # seconds that anything here is waited for
+
+
+def free_ports(count):
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def start(script, *args, log=None, cwd=None, prefix=()):
+    """One of the project's programs, in a session of its own, so that Ctrl-C reaches only us."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(log, "ab")) if log else None
+        return subprocess.Popen([*prefix, sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stdout=out,
+                                stderr=subprocess.STDOUT if out else None, start_new_session=True, env=environment)
+
+
+def end(process, sig=signal.SIGTERM, timeout=DEADLINE):
+    """Stop one process, by force when it does not obey; returns its exit code."""
+    if process.poll() is None:
+        process.send_signal(sig)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+def status(port):
+    """GET /status, or None while nobody answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5) as answer:
+            return json.load(answer)
+    except OSError:
+        return None
+
+
+def wait_until(condition, what, timeout=DEADLINE):
+    """Poll condition() until it returns something true, and return that."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout} s in vain: {what}")
+        time.sleep(0.05)
+    return result
+
+
+class Three:
+    """The oracle, the output trainer and the input trainer, on three ports, with their logs in `folder`."""
+
+    def __init__(self, folder, ports=None, oracle=(), output=(), input=(), logs=True):
+        self.folder, self.ports = Path(folder), ports or free_ports(3)
+        self.progress = self.folder / "progress" if logs else Path("progress")
+        a, b, c = self.ports
+        self.commands = {
+            "oracle": ["oracle.py", "--port", a, *oracle],
+            "output": ["train_output.py", "--port", b, "--oracle-server", f"127.0.0.1:{a}", *output],
+            "input": ["train_input.py", "--port", c, "--oracle-server", f"127.0.0.1:{a}", "--output-server",
+                      f"127.0.0.1:{b}", "--progress-dir", self.progress, *input]}
+        self.logs, self.processes = logs, {}
+
+    def start(self, *names, extra=()):
+        for name in names or self.commands:
+            log = self.folder / f"{name}.log" if self.logs else None
+            self.processes[name] = start(*self.commands[name], *extra, log=log)
+        return self
+
+    def port(self, name):
+        return self.ports[list(self.commands).index(name)]
+
+    def status(self, name):
+        return status(self.port(name))
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def wait_for_input(self, timeout):
+        """Until the input trainer ends by itself; raises RuntimeError as soon as one of the others dies."""
+        def ended():
+            for name in ("oracle", "output"):
+                if self.processes[name].poll() is not None:
+                    raise RuntimeError(f"{name} ended with exit code {self.processes[name].poll()}")
+            return self.processes["input"].poll() is not None
+        wait_until(ended, "the input trainer to end", timeout)
+        return self.processes["input"].returncode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for name in ("input", "output", "oracle"):  # in this order, so that a last snapshot can be composed
+            if name in self.processes:
+                end(self.processes[name])
+
+
+def main():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, interrupt)
+    arguments = [ROOT.joinpath(name) if name.endswith(".npy") else name for name in ["x.npy", "y.npy"]]
+    three = Three(".", (5001, 5002, 5003), input=[*arguments, *sys.argv[1:]], logs=False)
+    try:
+        with three.start():
+            code = three.wait_for_input(timeout=24 * 3600)
+    except KeyboardInterrupt:
+        code = 130
+    except RuntimeError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
