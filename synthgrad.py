@@ -431,8 +431,8 @@ class Rest:
 def yield_to_servers():
     """Let the calling thread, a training loop, give way: whoever answers a request runs first."""
     sys.setswitchinterval(0.0005)  # Python's lock changes hands after 0.5 ms, not after 5
-    if hasattr(os, "SCHED_IDLE") and os.cpu_count() > 1:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    if sys.platform == "linux":    # elsewhere a priority belongs to the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Stop:

@@ -14,10 +14,13 @@ import copy
 import sys
 import threading
 import time
+from pathlib import Path
 
+import flask
 import numpy as np
 from tqdm import tqdm
 
+import plot
 import synthgrad
 from sgd import (Progress, Sigmoid, backprop, feed_forward, load_data, make_layers, mean_squared_error,
                  read_snapshot, snapshots)
@@ -58,7 +61,8 @@ class Run:
         self.thrower = synthgrad.LayerClient(args.output_server, args.token)
         self.reconnecting, self.output_instance, self.output_weights = threading.Lock(), None, None
         self.examples = self.updates = 0
-        self.seconds, self.row, self.snapshot = 0.0, {}, None
+        self.seconds, self.row, self.snapshot, self.version, self.sender = 0.0, {}, None, 0, None
+        self.state = "waiting for the other two processes"
         self.latencies = collections.deque(maxlen=1000)  # seconds that the oracle took to answer
 
     # -- gradients, from one of three sources --
@@ -132,7 +136,7 @@ class Run:
         if not np.isfinite(self.row["test_mse"]):
             raise FloatingPointError("the network diverged; try a lower --learning-rate")
         progress.write(whole, **self.row, updates=self.updates, output_updates=updates)
-        self.snapshot = whole
+        self.snapshot, self.version = whole, progress.count
 
     def gradient_cosine(self, whole):
         """The mean cosine between ĝ and g over 500 held-out examples; NaN when the oracle is not asked."""
@@ -147,8 +151,48 @@ class Run:
 
     def status(self):
         return {"layers": self.args.layers, "gradients": self.args.gradients, "updates": self.updates,
-                "examples": self.examples, "seconds": self.seconds, **self.row,
+                "examples": self.examples, "seconds": self.seconds, "state": self.state, **self.row,
+                "examples_sent": self.sender.counters() if self.sender else {},
                 "latency_ms": {f"p{p}": float(np.percentile(list(self.latencies) or [0], p)) * 1e3 for p in (50, 95)}}
+
+
+def add_page(app, run):
+    """The live page: a template, two pictures, and what the three processes say of themselves."""
+    pictures = plot.LivePictures(run.args.progress_dir)
+
+    def ask(url):
+        try:
+            return synthgrad.Client(url, run.args.token, timeout=1).call("GET", "/status")
+        except (synthgrad.NoAnswer, synthgrad.Refused):
+            return None
+
+    @app.get("/")
+    def page():
+        return flask.send_file(Path(__file__).with_name("page.html"))
+
+    @app.get("/<any(surface, curves):kind>.png")
+    def picture(kind):
+        return pictures.get(kind, run.version), {"Content-Type": "image/png", "Cache-Control": "no-store"}
+
+    @app.get("/live")
+    def live():
+        mine, output, oracle = run.status(), ask(run.output.url), ask(run.oracle.url)
+        fine = output and (oracle or run.args.gradients == "true")
+        return {"version": run.version, "well": bool(fine), "state": mine["state"], "processes": {
+            "input trainer": {
+                "examples": f"{mine['examples']:,}", "seconds": f"{mine['seconds']:.0f}",
+                "held-out MSE": f"{mine.get('test_mse', float('nan')):.4f}",
+                "gradient cosine": f"{mine.get('gradient_cosine', float('nan')):.2f}",
+                "oracle's latency, median": f"{mine['latency_ms']['p50']:.1f} ms",
+                "oracle's latency, 95th percentile": f"{mine['latency_ms']['p95']:.1f} ms",
+                **{f"examples {name}": f"{count:,}" for name, count in mine["examples_sent"].items()}},
+            "output trainer": output and {
+                "updates": f"{output['updates']:,}", "loss": f"{output['loss'] or float('nan'):.4f}",
+                **{f"examples {name}": f"{count:,}" for name, count in output["examples"].items()},
+                **{f"gradients {name}": f"{count:,}" for name, count in output["gradients"].items()}},
+            "oracle": oracle and {
+                "updates": f"{oracle['updates']:,}", "loss, as a fraction": f"{oracle['loss'] or float('nan'):.3f}",
+                **{name: f"{oracle[name]:,}" for name in ("answered", "withheld", "received", "stored", "dropped")}}}}
 
 
 def main(args, stop):
@@ -168,6 +212,7 @@ def main(args, stop):
         layers = run.snapshot[:len(half)] if run.snapshot else half
         return synthgrad.encode_weights([(layer.w, layer.b) for layer in layers], run.updates)
 
+    add_page(app, run)
     synthgrad.serve(app, args.host, args.port, args.token)
     columns = ["seconds", "examples", "epoch", "test_mse", "gradient_cosine"]
     try:
@@ -182,6 +227,7 @@ def learn(run, x, y, progress):
     """Train for args.num_epochs, with a progress bar, a snapshot now and then and one at the end."""
     args, total = run.args, run.args.num_epochs * len(x)
     run.take_snapshot(progress)
+    run.state = f"training layer 1 along {args.gradients} gradients"
     sender = run.sender = synthgrad.Sender(run.throw, f"the output trainer at {run.output.url}", max_examples=10_000,
                                            interval=args.send_interval)
     updates = train(run.half, x, y, getattr(run, args.gradients),
@@ -204,7 +250,8 @@ def learn(run, x, y, progress):
                 bar.set_postfix_str(f"epoch {run.row['epoch']:.1f}, held-out MSE {run.row['test_mse']:.4f}")
                 bar.update(run.examples - bar.n)
         sender.close(timeout=5)
-    run.stop.requested = False   # so that the last snapshot is taken after Ctrl-C, too
+    if run.stop:
+        run.stop, args.patience = False, min(args.patience, 5)  # one more snapshot, if the others are still there
     run.take_snapshot(progress)
     print(f"{run.examples} examples in {run.seconds:.1f} s, held-out MSE {run.row['test_mse']:.4f}: "
           f"{args.progress_dir}/metrics.csv", flush=True)
@@ -230,7 +277,7 @@ def resume(run):
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5003, [2, 24], learning_rate=0.3)
+    parser = synthgrad.argument_parser(__doc__, 5003, [2, 24], learning_rate=1.0)
     parser.add_argument("x", nargs="?", help="inputs, (n, columns)")
     parser.add_argument("y", nargs="?", help="targets, (n,)")
     parser.add_argument("--gradients", choices=["synthetic", "true", "zero"], default="synthetic", help="%(default)s")
@@ -242,5 +289,5 @@ if __name__ == "__main__":
     parser.add_argument("--progress-dir", default="progress", help="%(default)s")
     parser.add_argument("--snapshot-seconds", type=float, default=5, help="%(default)s")
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in --progress-dir")
-    parser.add_argument("--send-interval", type=float, default=0.01)
+    parser.add_argument("--send-interval", type=float, default=0.005)
     synthgrad.run(main, parser)

@@ -115,7 +115,7 @@ def main(args, stop):
         raise ValueError(f"--layers {args.layers}: must end with 1, the target's width")
     rng, inbox = np.random.default_rng(args.seed), synthgrad.Inbox()
     half = OutputHalf(args.layers, args.learning_rate, args.momentum, args.decay, rng)
-    examples = NewestPerIndex(args.memory * 2**20 // (4 * width + 16), width)
+    examples = NewestPerIndex(args.keep, width)
     sender = synthgrad.Sender(synthgrad.OracleClient(args.oracle_server, args.token).provide_gradients,
                               f"the oracle at {args.oracle_server}", max_examples=args.send_max, interval=args.send_interval)
 
@@ -157,11 +157,11 @@ def main(args, stop):
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5002, [24, 12, 1], learning_rate=0.5)
+    parser = synthgrad.argument_parser(__doc__, 5002, [24, 12, 1], learning_rate=0.2)
     parser.add_argument("--oracle-server", default="127.0.0.1:5001", help="%(default)s")
     parser.add_argument("--momentum", type=float, default=0.9, help="%(default)s")
-    parser.add_argument("--decay", type=float, default=20_000, help="updates until the rate has halved (%(default)s)")
-    parser.add_argument("--memory", type=int, default=1024, help="bound of the training set, MiB (%(default)s)")
+    parser.add_argument("--decay", type=float, default=200_000, help="updates until the rate has halved (%(default)s)")
+    parser.add_argument("--keep", type=int, default=20_000, help="bound of the training set, examples (%(default)s)")
     parser.add_argument("--send-max", type=int, default=2000, help=argparse.SUPPRESS)
-    parser.add_argument("--send-interval", type=float, default=0.01, help=argparse.SUPPRESS)
+    parser.add_argument("--send-interval", type=float, default=0.005, help=argparse.SUPPRESS)
     synthgrad.run(main, parser)

@@ -6,14 +6,23 @@ from generate import sample
 from tests.processes import Three, wait_until
 
 
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory):
-    """Paths of x.npy and y.npy with 4,000 examples, of which 200 are held out."""
-    folder = tmp_path_factory.mktemp("data")
-    x, y = sample(4000, seed=0)
+def data(folder, num_examples):
+    x, y = sample(num_examples, seed=0)
     np.save(folder / "x.npy", x)
     np.save(folder / "y.npy", y)
     return folder / "x.npy", folder / "y.npy"
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """Paths of x.npy and y.npy with 4,000 examples, of which 200 are held out."""
+    return data(tmp_path_factory.mktemp("small"), 4000)
+
+
+@pytest.fixture(scope="session")
+def large_data(tmp_path_factory):
+    """The same with 200,000 examples, as the reading group uses them."""
+    return data(tmp_path_factory.mktemp("large"), 200_000)
 
 
 @pytest.fixture(scope="module")

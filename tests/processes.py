@@ -96,11 +96,11 @@ class Three:
         return (self.folder / f"{name}.log").read_text()
 
     def wait_for_input(self, timeout):
-        """Until the input trainer ends by itself; raises RuntimeError as soon as one of the others dies."""
+        """Until the input trainer ends by itself: its exit code. RuntimeError as soon as another one dies."""
         def ended():
-            for name in ("oracle", "output"):
-                if self.processes[name].poll() is not None:
-                    raise RuntimeError(f"{name} ended with exit code {self.processes[name].poll()}")
+            for name, process in self.processes.items():
+                if name != "input" and process.poll() is not None:
+                    raise RuntimeError(f"{name} ended with exit code {process.poll()}")
             return self.processes["input"].poll() is not None
         wait_until(ended, "the input trainer to end", timeout)
         return self.processes["input"].returncode

@@ -1,0 +1,65 @@
+"""What the benchmarks share: running the baseline and the three processes, and reading what they wrote."""
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from plot import read_metrics
+from tests.processes import DEADLINE, ROOT, Three, end, start, wait_until
+
+DATA = [ROOT / "x.npy", ROOT / "y.npy"]
+
+
+def machine():
+    """One line that says where this was measured: cores and versions only."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "tensorflow", "keras", "flask", "waitress"))
+    return f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
+
+
+def run_sgd(folder, *options, timeout=3600):
+    """One run of sgd.py; returns its metrics."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    process = start("sgd.py", *DATA, "--progress-dir", Path(folder) / "progress", *options, log=Path(folder) / "sgd.log")
+    try:
+        assert process.wait(timeout) == 0, (Path(folder) / "sgd.log").read_text()
+    finally:
+        end(process)
+    return read_metrics(Path(folder) / "progress")
+
+
+def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), watch=None, timeout=3600):
+    """One decoupled run, which ends by itself or after `seconds` of training; returns its metrics.
+
+    `watch(three)` is called every half second while it trains.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    seeds = ["--seed", seed]
+    endless = ["--num-epochs", 10**6] if seconds else []
+    with Three(folder, oracle=[*oracle, *seeds], output=[*output, *seeds],
+               input=[*DATA, *endless, *input, *seeds]) as three:
+        three.start()
+        wait_until(lambda: (three.status("input") or {}).get("seconds"), f"training to start ({folder})", DEADLINE)
+        deadline = time.monotonic() + timeout
+        while three.processes["input"].poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+            state = three.status("input") or {}
+            if watch and state.get("examples"):
+                watch(three)
+            if seconds and state.get("seconds", 0) >= seconds:
+                break
+        assert end(three.processes["input"]) == 0, three.log("input")
+    return read_metrics(three.progress)
+
+
+def time_to(metrics, mse):
+    """Seconds until the held-out MSE was first at most `mse`; infinity if it never was."""
+    reached = metrics["seconds"][metrics["test_mse"] <= mse]
+    return float(reached[0]) if len(reached) else np.inf
+
+
+def resident_megabytes(three):
+    return sum(psutil.Process(process.pid).memory_info().rss for process in three.processes.values()) / 1e6

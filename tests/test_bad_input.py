@@ -1,0 +1,135 @@
+"""Whatever is sent to the ports: 4xx, JSON that names the field, and nothing changed. Against real processes."""
+import http.client
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from synthgrad import MAX_BODY, encode, ndarray_to_json
+from tests.processes import Three, wait_until
+
+WIDTH = 24
+FIELDS = {"/estimate_gradients": ("h", "y"), "/provide_gradients": ("i", "h", "y", "gradients"),
+          "/training_examples": ("i", "h", "y"), "/true_gradients": ("h", "y")}
+
+
+def request(three, name, method, path, body=None, headers={"Content-Type": "application/json"}):
+    connection = http.client.HTTPConnection("127.0.0.1", three.port(name), timeout=30)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    answer = response.read()
+    connection.close()
+    return response.status, answer
+
+
+def owner(path):
+    return "oracle" if path in ("/estimate_gradients", "/provide_gradients") else "output"
+
+
+def good(path):
+    """A message that would be taken."""
+    rng = np.random.default_rng(0)
+    arrays = {"i": np.arange(3), "h": rng.random((3, WIDTH), "f"), "y": rng.random(3, "f"),
+              "gradients": rng.random((3, WIDTH), "f")}
+    return encode(**{name: arrays[name] for name in FIELDS[path]})
+
+
+def state(three):
+    """Everything that a bad request must not change, bit for bit."""
+    weights = request(three, "output", "GET", "/weights")[1]
+    return weights, three.status("output")["examples"], {
+        name: three.status("oracle")[name] for name in ("received", "stored", "dropped", "updates")}
+
+
+def is_refused(three, path, body, statuses=(400,), headers={"Content-Type": "application/json"}, method="POST"):
+    status, answer = request(three, owner(path), method, path, body, headers)
+    error = json.loads(answer)
+    assert status in statuses and list(error) == ["error"], (status, answer[:300])
+    assert "Traceback" not in error["error"] and len(error["error"]) < 1000
+    return error["error"]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
+bad_arrays = st.one_of(
+    json_values,
+    st.fixed_dictionaries({"shape": st.lists(st.integers(-2, 2**70) | json_values, max_size=4),
+                           "dtype": st.sampled_from(["float16", "float64", "int8", "object", "O", ">f4", ""]),
+                           "base64": st.text(max_size=40) | json_values}),
+    st.fixed_dictionaries({"shape": st.just([3, WIDTH]), "values": st.lists(json_values, max_size=80)}),
+    st.sampled_from([np.nan, np.inf, -np.inf, 1e30]).map(lambda bad: ndarray_to_json(np.full((3, WIDTH), bad, "f"))),
+    st.sampled_from([-1, -2**63, 2**31, 2**63 - 1]).map(lambda bad: ndarray_to_json(np.full(3, bad))),
+    st.tuples(st.integers(0, 5), st.integers(0, 40)).filter(lambda s: s not in [(3, WIDTH)]).map(
+        lambda shape: ndarray_to_json(np.zeros(shape, "f"))))
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_messages_of_rubbish_are_refused_and_change_nothing(servers, path):
+    before = state(servers)
+
+    @settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(FIELDS[path]), bad_arrays)
+    def a_bad_field(name, bad):
+        error = is_refused(servers, path, json.dumps(good(path) | {name: bad}))
+        assert error.startswith(f"{name}: "), error
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode()))
+    def a_bad_body(body):
+        is_refused(servers, path, body)
+
+    a_bad_field()
+    a_bad_body()
+    for name in FIELDS[path]:
+        missing = good(path)
+        del missing[name]
+        assert name in is_refused(servers, path, json.dumps(missing))
+    assert "extra" in is_refused(servers, path, json.dumps(good(path) | {"extra": 1}))
+    is_refused(servers, path, b"[" * 100_000)
+    assert state(servers) == before
+
+
+def test_wrong_types_sizes_paths_and_methods(servers):
+    before, json_type = state(servers), {"Content-Type": "application/json"}
+    body = json.dumps(good("/training_examples"))
+    for wrong in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        is_refused(servers, "/training_examples", body, (415,), wrong)
+    is_refused(servers, "/training_examples", b" " * (MAX_BODY + 1), (413,))
+    status, _ = request(servers, "output", "POST", "/training_examples", b"", json_type | {"Content-Length": "99999999999"})
+    assert status == 413
+    for method, path in (("GET", "/training_examples"), ("DELETE", "/weights"), ("POST", "/status"), ("PUT", "/status")):
+        is_refused(servers, path, None, (405,), method=method)
+    for path in ("/nothing", "/../etc/passwd", "/weights/1"):
+        is_refused(servers, path, None, (404,), method="GET")
+    is_refused(servers, "/training_examples", body, (412,), json_type | {"If-Match": "another"})
+    weights = json.loads(request(servers, "output", "GET", "/weights")[1])
+    for bad in ({}, [], {"layers": [], "updates": 0}, {"layers": weights["layers"]}, weights | {"updates": -1},
+                {"layers": weights["layers"][::-1], "updates": 0}, {"layers": [{}, {}], "updates": 0}):
+        is_refused(servers, "/weights", json.dumps(bad), method="PUT")
+    assert state(servers) == before
+
+
+def test_good_messages_are_taken_after_all_that(servers):
+    for path in FIELDS:
+        status, answer = request(servers, owner(path), "POST", path, json.dumps(good(path)))
+        assert status == 200, answer
+    assert servers.status("output")["examples"]["received"] == servers.status("oracle")["received"] == 3
+    by_hand = {"h": {"shape": [1, WIDTH], "values": [0.5] * WIDTH}, "y": {"shape": [1], "values": [1]}}
+    status, answer = request(servers, "oracle", "POST", "/estimate_gradients", json.dumps(by_hand))
+    assert status == 200 and json.loads(answer)["gradients"]["shape"] == [1, WIDTH]
+
+
+def test_a_token_is_insisted_on_and_sent(tmp_path, small_data):
+    (tmp_path / "token").write_text("s3cret\n")
+    shared = ["--token-file", tmp_path / "token"]
+    with Three(tmp_path, output=shared, input=[*small_data, *shared, "--gradients", "true", "--num-epochs", 2]) as three:
+        three.start("output")
+        wait_until(lambda: "answers on" in three.log("output"), "the output trainer")
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic OndyZW9uZw=="}):
+            assert request(three, "output", "GET", "/status", None, headers)[0] == 401
+        for headers in ({"Authorization": "Bearer s3cret"}, {"Authorization": "Basic OnMzY3JldA=="}):
+            assert request(three, "output", "GET", "/status", None, headers)[0] == 200
+        three.start("input")
+        assert three.wait_for_input(60) == 0, three.log("input")
