@@ -430,9 +430,8 @@ class Rest:
 
 def yield_to_servers():
     """Let the calling thread, a training loop, give way: whoever answers a request runs first."""
-    sys.setswitchinterval(0.0005)  # Python's lock changes hands after 0.5 ms, not after 5
-    if sys.platform == "linux":    # elsewhere a priority belongs to the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    if hasattr(os, "SCHED_IDLE") and os.cpu_count() > 1:  # Linux; elsewhere a priority is the whole process's
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Stop:
@@ -497,6 +496,7 @@ def run(main, parser):
     if not 0 < args.learning_rate < 1e6 or not 0 < args.port < 65536:
         parser.error("--learning-rate must be positive, --port from 1 to 65535")
     stop = Stop()
+    sys.setswitchinterval(0.0005)  # threads hand Python's lock on after 0.5 ms, not after 5: others wait for an answer
     try:
         args.token = args.token_file.read_text().strip() if args.token_file else None
         main(args, stop)

@@ -127,9 +127,10 @@ class Run:
         weights, updates = self.from_output(lambda: self.output.weights(self.output_layers))
         with self.reconnecting:
             self.output_weights = weights, updates
-        whole = [*copy.deepcopy(self.half), *make_layers(self.output_layers, np.random.default_rng(0))]
-        for layer, (layer.w, layer.b) in zip(whole[len(self.half):], weights):
-            pass
+        output = make_layers(self.output_layers, np.random.default_rng(0))
+        for layer, (w, b) in zip(output, weights):
+            layer.w, layer.b = w, b
+        whole = copy.deepcopy(self.half) + output
         self.row = {"seconds": self.seconds, "examples": self.examples, "epoch": self.examples / self.args.num_examples,
                     "test_mse": mean_squared_error(whole, self.x_test, self.y_test),
                     "gradient_cosine": self.gradient_cosine(whole)}

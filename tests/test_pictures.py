@@ -1,0 +1,99 @@
+"""plot.py, and the live page in a real browser."""
+import io
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sgd import Progress, make_layers
+from tests.processes import ROOT, Three, wait_until
+
+
+def write_run(folder, dims, rows=3):
+    progress = Progress(folder, ["seconds", "examples", "epoch", "test_mse", "gradient_cosine"])
+    for n in range(rows):
+        progress.write(make_layers(dims, np.random.default_rng(n)), seconds=5.0 * n, examples=1000 * n, epoch=0.1 * n,
+                       test_mse=0.2 / (n + 1), gradient_cosine=0.3)
+
+
+def plot(folder, *args):
+    return subprocess.run([sys.executable, ROOT / "plot.py", *args], cwd=folder, capture_output=True, text=True)
+
+
+def test_every_snapshot_becomes_a_picture_and_all_of_them_an_animation(tmp_path):
+    write_run(tmp_path / "progress", [2, 5, 1])
+    write_run(tmp_path / "sgd_progress", [2, 5, 1])
+    (tmp_path / "progress" / "snapshot_000001.npz").write_bytes(b"torn")
+    done = plot(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "snapshot_000001.npz is not a whole snapshot" in done.stderr
+    pictures = sorted(path.name for path in (tmp_path / "synthetic_plots").iterdir())
+    assert pictures == ["surface_000000.png", "surface_000002.png"]
+    first, last = (np.asarray(Image.open(tmp_path / "synthetic_plots" / name).convert("RGB")) for name in pictures)
+    assert (first != last).mean() > 0.01
+    assert Image.open(tmp_path / "learning.gif").n_frames == 2
+    assert np.asarray(Image.open(tmp_path / "learning_curves.png").convert("L")).std() > 5
+
+
+def test_other_than_two_inputs_cannot_be_drawn_and_it_says_so(tmp_path):
+    write_run(tmp_path / "run", [3, 4, 1])
+    done = plot(tmp_path, "run")
+    assert done.returncode == 0 and "over 3 input columns cannot be drawn" in done.stdout
+    assert (tmp_path / "learning_curves.png").exists() and not (tmp_path / "learning.gif").exists()
+
+
+def test_plot_without_runs_says_what_writes_them(tmp_path):
+    done = plot(tmp_path)
+    assert done.returncode == 2 and "no folder here holds a run" in done.stderr
+    assert plot(tmp_path, "nowhere").returncode == 2
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver; .ci/run installs them where it may")
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 f"--user-data-dir={tmp_path / 'chromium'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong(browser, tmp_path, small_data):
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 10**6, "--snapshot-seconds", 1]) as three:
+        three.start()
+        wait_until(lambda: (three.status("input") or {}).get("test_mse"), "training to start")
+        browser.set_window_size(390, 844)
+        browser.get(f"http://127.0.0.1:{three.port('input')}/")
+
+        def pixels():
+            image = browser.find_element("id", "surface")
+            if not browser.execute_script("return arguments[0].complete && arguments[0].naturalWidth", image):
+                return None
+            return np.asarray(Image.open(io.BytesIO(image.screenshot_as_png)).convert("RGB")).astype(int)
+
+        wait_until(lambda: (shot := pixels()) is not None and shot.std() > 20, "a picture of the surface")
+        first = pixels()
+        wait_until(lambda: (shot := pixels()) is not None and shot.shape == first.shape and (shot != first).any(),
+                   "the picture to change as training goes on")
+        text = browser.find_element("tag name", "body").text
+        for word in ("training layer 1 along synthetic gradients", "input trainer", "examples sent", "oracle", "cosine"):
+            assert word in text
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+        def state():
+            return browser.find_element("tag name", "body").text
+        three.processes["oracle"].kill()
+        wait_until(lambda: "unreachable" in state(), "the page to say that the oracle is gone")
+        three.processes["input"].kill()
+        wait_until(lambda: "does not answer" in state(), "the page to say that the input trainer is gone")
