@@ -46,11 +46,10 @@ class Oracle:
     """
 
     def __init__(self, dims, learning_rate, batch_size, seed):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # so small a model is faster on the processor
+        for name, value in (("TF_CPP_MIN_LOG_LEVEL", "3"), ("CUDA_VISIBLE_DEVICES", ""),  # so small a model is fastest
+                            ("TF_NUM_INTRAOP_THREADS", "1"), ("TF_NUM_INTEROP_THREADS", "1")):  # on one core
+            os.environ.setdefault(name, value)
         import tensorflow as tf  # here, because it takes seconds: --help and errors need not wait
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
         keras = tf.keras
         keras.utils.set_random_seed(seed)
         self.model = keras.Sequential([keras.Input((dims[0],))])
