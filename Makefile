@@ -8,7 +8,8 @@ BIN = $(VENV)/bin
 
 run: x.npy
 	@$(BIN)/python -m tests.processes --num-epochs $(EPOCHS)
-	@$(BIN)/python plot.py progress
+	@$(BIN)/python plot.py
+	@echo "open learning.gif, learning_curves.png and synthetic_plots/"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests

@@ -8,6 +8,7 @@ train_output.py throws examples (h, y, g) at it, with the true gradients g. It k
 gradients age as the network learns, and trains over them in a loop, minimising the mean of (ĝ − g)² (paper, eq. 5).
 train_input.py asks it for ĝ(h) and waits: that question is the critical path of the whole system.
 """
+import contextlib
 import math
 import os
 
@@ -18,6 +19,19 @@ import synthgrad
 POOL = 4096   # examples that one call of the compiled training function is given, and
 STEPS = 100   # minibatches that it takes from them: about 6 ms
 TRUST = 25      # questions that are answered between two pieces of news; a guess older than that is worth nothing
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep TensorFlow's C++ greetings, which no setting silences, off the terminal."""
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 class NewestExamples:
@@ -49,7 +63,9 @@ class Oracle:
         for name, value in (("TF_CPP_MIN_LOG_LEVEL", "3"), ("CUDA_VISIBLE_DEVICES", ""),  # so small a model is fastest
                             ("TF_NUM_INTRAOP_THREADS", "1"), ("TF_NUM_INTEROP_THREADS", "1")):  # on one core
             os.environ.setdefault(name, value)
-        import tensorflow as tf  # here, because it takes seconds: --help and errors need not wait
+        with quiet():
+            import tensorflow as tf  # here, because it takes seconds: --help and errors need not wait
+            tf.zeros(())
         keras = tf.keras
         keras.utils.set_random_seed(seed)
         self.model = keras.Sequential([keras.Input((dims[0],))])

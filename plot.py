@@ -129,16 +129,19 @@ class LivePictures:
         self.folder, self.process, self.lock, self.drawn = folder, None, threading.Lock(), {}
 
     def get(self, kind, version):
-        """The PNG bytes of "surface" or "curves"; each version is drawn once, however many look at it."""
+        """The PNG bytes of "surface" or "curves", drawn once a version; None if the drawing process died."""
         with self.lock:
             if self.drawn.get(kind, (None,))[0] != version:
                 if not self.process or self.process.poll() is not None:
                     self.process = subprocess.Popen([sys.executable, __file__, "--live", self.folder],
                                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                                     start_new_session=True)  # Ctrl-C is for the trainer
-                self.process.stdin.write(kind.encode() + b"\n")
-                self.process.stdin.flush()
-                size, = struct.unpack("<I", self.process.stdout.read(4))
+                try:
+                    self.process.stdin.write(kind.encode() + b"\n")
+                    self.process.stdin.flush()
+                    size, = struct.unpack("<I", self.process.stdout.read(4))
+                except (OSError, struct.error):
+                    return None
                 self.drawn[kind] = version, self.process.stdout.read(size)
             return self.drawn[kind][1]
 
@@ -169,8 +172,8 @@ def main():
     args = parser.parse_args()
     if args.live:
         return live(args.live)
-    found = [path.parent.name for path in sorted(Path(".").glob("*/metrics.csv")) if path.parent.suffix != ".old"]
-    folders = args.runs or found
+    found = [path.parent.name for path in Path(".").glob("*/metrics.csv") if path.parent.suffix != ".old"]
+    folders = args.runs or sorted(found, key=lambda name: (name != "progress", name))
     try:
         if not folders:
             raise ValueError("no folder here holds a run; train_input.py and sgd.py write them")

@@ -99,12 +99,14 @@ def make_layers(dims, rng, last=Linear):
 
 
 def feed_forward(layers, h):
+    """x (batch, input_dim) of the first layer -> h (batch, output_dim) of the last."""
     for layer in layers:
         h = layer.feed_forward(h)
     return h
 
 
 def backprop(layers, g):
+    """dL/dh of the last layer -> dL/dx of the first, per example; every layer remembers its own gradients."""
     for layer in reversed(layers):
         g = layer.backprop(g)
     return g
@@ -137,18 +139,14 @@ def load_data(x_path, y_path):
 
     Raises ValueError or OSError, saying what was wrong and what was expected.
     """
-    for path in (x_path, y_path):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path} not found: `python generate.py` makes x.npy and y.npy")
     arrays = []
     for path in (x_path, y_path):
         try:
-            array = np.load(path, allow_pickle=False)
-            arrays.append(np.asarray(array, np.float32) if array.dtype.kind in "fiu" else None)
-        except (ValueError, EOFError, zipfile.BadZipFile, AttributeError):
-            arrays.append(None)
-        if arrays[-1] is None:
-            raise ValueError(f"{path}: expected a NumPy .npy file that holds an array of numbers")
+            arrays.append(np.asarray(np.load(path, allow_pickle=False), np.float32))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} not found: `python generate.py` makes x.npy and y.npy") from None
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile):
+            raise ValueError(f"{path}: expected a NumPy .npy file that holds an array of numbers") from None
         if not np.isfinite(arrays[-1]).all():
             raise ValueError(f"{path}: holds NaN or infinity; expected finite numbers")
     x, y = arrays
@@ -184,8 +182,6 @@ class Progress:
         arrays = {f"{name}{n}": getattr(layer, name) for n, layer in enumerate(layers, 1) for name in ("w", "b")}
         with open(path.with_suffix(".tmp"), "wb") as file:
             np.savez(file, **arrays, **row)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(file.name, path)
         with open(self.metrics, "a", newline="") as file:
             csv.writer(file).writerow([f"{row[column]:.6g}" if isinstance(row[column], float) else row[column]

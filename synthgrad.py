@@ -95,9 +95,9 @@ def json_to_ndarray(message, dtype=None, shape=None, name="array"):
             raise ValueError(f"fields {sorted(message)}")
         return flat.reshape(dims)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        wanted = f"{np.dtype(dtype).name if dtype else 'numbers'} of shape {list(shape) if shape is not None else '[...]'}"
-        raise Refused(f'{name}: {str(error)[:120]}; expected {wanted} as {{"shape", "dtype", "base64"}} or '
-                      '{"shape", "values"}; null is any length'.replace("None", "null")) from None
+        wanted = f"of shape {[n if n is not None else 'any' for n in shape]}" if shape is not None else ""
+        raise Refused(f"{name}: {str(error)[:120]}; expected {np.dtype(dtype).name if dtype else 'numbers'} {wanted} "
+                      'as {"shape", "dtype", "base64"} or {"shape", "values"}') from None
 
 
 def decode(message, **widths):
@@ -247,6 +247,11 @@ class LayerClient(Client):
 
 # ---- fire and forget ----
 
+def examples_per_message(width):
+    """How many examples of `width` floats fit: base64 takes 16/3 bytes for a float, i and y as much as 3 floats."""
+    return MAX_BODY // (6 * (width + 4))
+
+
 def newest_rows(i):
     """The positions in i (batch,) of the last occurrence of each value."""
     return len(i) - 1 - np.unique(i[::-1], return_index=True)[1]
@@ -257,10 +262,10 @@ class Sender:
 
     What waits is bounded to `max_examples`: the oldest are dropped. Of two examples with the same index that wait
     together only the newest is sent. What could not be delivered is dropped too. Everything is counted:
-    thrown = sent + replaced + dropped + waiting. At most one post per `interval` seconds, so that posts are large.
+    thrown = sent + replaced + dropped + waiting. `interval` seconds lie between posts, so that posts are large.
     """
 
-    def __init__(self, post, who, max_examples, interval):
+    def __init__(self, post, who, max_examples, interval=0.005):
         self.post, self.who, self.max_examples, self.interval = post, who, max_examples, interval
         self.queue, self.wake, self.closing = collections.deque(), threading.Condition(), False
         self.thrown = self.sent = self.replaced = self.dropped = self.waiting = 0
@@ -495,6 +500,9 @@ def run(main, parser):
         parser.error("--layers takes two or more widths; these, --batch-size and --seed must be positive")
     if not 0 < args.learning_rate < 1e6 or not 0 < args.port < 65536:
         parser.error("--learning-rate must be positive, --port from 1 to 65535")
+    most = examples_per_message(2 * max(args.layers[0], args.layers[-1]))
+    if args.batch_size > most:
+        parser.error(f"--batch-size must be at most {most}: a minibatch must fit into a message of {MAX_BODY >> 20} MiB")
     stop = Stop()
     sys.setswitchinterval(0.0005)  # threads hand Python's lock on after 0.5 ms, not after 5: others wait for an answer
     try:

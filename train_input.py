@@ -152,7 +152,8 @@ class Run:
 
     def status(self):
         return {"layers": self.args.layers, "gradients": self.args.gradients, "updates": self.updates,
-                "examples": self.examples, "seconds": self.seconds, "state": self.state, **self.row,
+                "examples": self.examples, "seconds": self.seconds, "state": self.state,
+                **{name: value if np.isfinite(value) else None for name, value in self.row.items()},
                 "examples_sent": self.sender.counters() if self.sender else {},
                 "latency_ms": {f"p{p}": float(np.percentile(list(self.latencies) or [0], p)) * 1e3 for p in (50, 95)}}
 
@@ -167,13 +168,19 @@ def add_page(app, run):
         except (synthgrad.NoAnswer, synthgrad.Refused):
             return None
 
+    def number(value, form):
+        return "–" if value is None else format(value, form)
+
     @app.get("/")
     def page():
         return flask.send_file(Path(__file__).with_name("page.html"))
 
     @app.get("/<any(surface, curves):kind>.png")
     def picture(kind):
-        return pictures.get(kind, run.version), {"Content-Type": "image/png", "Cache-Control": "no-store"}
+        drawn = pictures.get(kind, run.version)
+        if drawn is None:
+            raise synthgrad.Refused("the picture could not be drawn", 503)
+        return drawn, {"Content-Type": "image/png", "Cache-Control": "no-store"}
 
     @app.get("/live")
     def live():
@@ -182,17 +189,17 @@ def add_page(app, run):
         return {"version": run.version, "well": bool(fine), "state": mine["state"], "processes": {
             "input trainer": {
                 "examples": f"{mine['examples']:,}", "seconds": f"{mine['seconds']:.0f}",
-                "held-out MSE": f"{mine.get('test_mse', float('nan')):.4f}",
-                "gradient cosine": f"{mine.get('gradient_cosine', float('nan')):.2f}",
+                "held-out MSE": number(mine.get("test_mse"), ".4f"),
+                "gradient cosine": number(mine.get("gradient_cosine"), ".2f"),
                 "oracle's latency, median": f"{mine['latency_ms']['p50']:.1f} ms",
                 "oracle's latency, 95th percentile": f"{mine['latency_ms']['p95']:.1f} ms",
                 **{f"examples {name}": f"{count:,}" for name, count in mine["examples_sent"].items()}},
             "output trainer": output and {
-                "updates": f"{output['updates']:,}", "loss": f"{output['loss'] or float('nan'):.4f}",
+                "updates": f"{output['updates']:,}", "loss": number(output["loss"], ".4f"),
                 **{f"examples {name}": f"{count:,}" for name, count in output["examples"].items()},
                 **{f"gradients {name}": f"{count:,}" for name, count in output["gradients"].items()}},
             "oracle": oracle and {
-                "updates": f"{oracle['updates']:,}", "loss, as a fraction": f"{oracle['loss'] or float('nan'):.3f}",
+                "updates": f"{oracle['updates']:,}", "loss, as a fraction": number(oracle["loss"], ".3f"),
                 **{name: f"{oracle[name]:,}" for name in ("answered", "withheld", "received", "stored", "dropped")}}}}
 
 
@@ -229,17 +236,19 @@ def learn(run, x, y, progress):
     args, total = run.args, run.args.num_epochs * len(x)
     run.take_snapshot(progress)
     run.state = f"training layer 1 along {args.gradients} gradients"
-    sender = run.sender = synthgrad.Sender(run.throw, f"the output trainer at {run.output.url}", max_examples=10_000,
-                                           interval=args.send_interval)
+    sender = run.sender = synthgrad.Sender(run.throw, f"the output trainer at {run.output.url}",
+                                           min(10_000, synthgrad.examples_per_message(args.layers[-1])))
     updates = train(run.half, x, y, getattr(run, args.gradients),
                     sender.throw if args.gradients != "true" else lambda *_: None,
                     lambda: args.learning_rate / (1 + run.updates / args.decay), args.momentum,
                     minibatches(len(x), args.batch_size, run.examples, args.seed))
     before, start, due = run.seconds, time.perf_counter(), args.snapshot_seconds
-    with tqdm(total=total, initial=run.examples, unit=" examples", unit_scale=True) as bar:
+    with tqdm(total=total, initial=run.examples, unit=" examples", unit_scale=True, mininterval=0.5) as bar:
         while run.examples < total and not run.stop:
-            run.examples += next(updates)
+            count = next(updates)
+            run.examples += count
             run.updates += 1
+            bar.update(count)
             elapsed = time.perf_counter() - start
             run.seconds = before + elapsed
             if not sender.reachable:
@@ -249,11 +258,16 @@ def learn(run, x, y, progress):
                 due = elapsed + args.snapshot_seconds
                 run.take_snapshot(progress)
                 bar.set_postfix_str(f"epoch {run.row['epoch']:.1f}, held-out MSE {run.row['test_mse']:.4f}")
-                bar.update(run.examples - bar.n)
         sender.close(timeout=5)
-    if run.stop:
-        run.stop, args.patience = False, min(args.patience, 5)  # one more snapshot, if the others are still there
-    run.take_snapshot(progress)
+    stopped, run.stop = bool(run.stop), False
+    if stopped:
+        args.patience = min(args.patience, 5)  # one more snapshot, if the others are still there
+    try:
+        run.take_snapshot(progress)
+    except synthgrad.NoAnswer as error:
+        if not stopped:
+            raise
+        print(f"no last snapshot: {error}", file=sys.stderr)
     print(f"{run.examples} examples in {run.seconds:.1f} s, held-out MSE {run.row['test_mse']:.4f}: "
           f"{args.progress_dir}/metrics.csv", flush=True)
 
@@ -266,12 +280,12 @@ def resume(run):
             mine, others = layers[:len(run.half)], layers[len(run.half):]
             if [len(layer.w) for layer in mine] + [len(mine[-1].b)] != run.args.layers:
                 raise ValueError(f"{path} holds other layers than --layers {run.args.layers}")
-        except ValueError as error:
+            run.examples, run.seconds, run.updates = row["examples"], row["seconds"], row["updates"]
+            run.output_weights = [(layer.w, layer.b) for layer in others], row["output_updates"]
+        except (ValueError, KeyError) as error:
             print(f"{error}; using the one before", file=sys.stderr)
             continue
         run.half[:] = mine
-        run.examples, run.seconds, run.updates = row["examples"], row["seconds"], row["updates"]
-        run.output_weights = [(layer.w, layer.b) for layer in others], row["output_updates"]
         print(f"going on from {path}, {run.examples} examples", file=sys.stderr)
         return run.output_weights
     print(f"no snapshot in {run.args.progress_dir}: starting afresh", file=sys.stderr)
@@ -290,5 +304,4 @@ if __name__ == "__main__":
     parser.add_argument("--progress-dir", default="progress", help="%(default)s")
     parser.add_argument("--snapshot-seconds", type=float, default=5, help="%(default)s")
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in --progress-dir")
-    parser.add_argument("--send-interval", type=float, default=0.005)
     synthgrad.run(main, parser)

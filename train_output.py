@@ -8,7 +8,6 @@ backprop there it throws at the oracle, fire and forget. The gradients at older 
 belong to a layer 1 that is no more, and an oracle that learns from them misleads the present one (held-out MSE 0.037
 instead of 0.015 after 1.2 million examples).
 """
-import argparse
 import collections
 
 import numpy as np
@@ -117,7 +116,8 @@ def main(args, stop):
     half = OutputHalf(args.layers, args.learning_rate, args.momentum, args.decay, rng)
     examples = NewestPerIndex(args.keep, width)
     sender = synthgrad.Sender(synthgrad.OracleClient(args.oracle_server, args.token).provide_gradients,
-                              f"the oracle at {args.oracle_server}", max_examples=args.send_max, interval=args.send_interval)
+                              f"the oracle at {args.oracle_server}",
+                              min(2000, synthgrad.examples_per_message(2 * width)))
 
     def status():
         return {"layers": args.layers, "updates": half.updates, "loss": half.loss, "gradients": sender.counters(),
@@ -162,6 +162,4 @@ if __name__ == "__main__":
     parser.add_argument("--momentum", type=float, default=0.9, help="%(default)s")
     parser.add_argument("--decay", type=float, default=200_000, help="updates until the rate has halved (%(default)s)")
     parser.add_argument("--keep", type=int, default=20_000, help="bound of the training set, examples (%(default)s)")
-    parser.add_argument("--send-max", type=int, default=2000, help=argparse.SUPPRESS)
-    parser.add_argument("--send-interval", type=float, default=0.005, help=argparse.SUPPRESS)
     synthgrad.run(main, parser)

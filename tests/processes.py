@@ -29,7 +29,7 @@ def free_ports(count):
 
 def start(script, *args, log=None, cwd=None, prefix=()):
     """One of the project's programs, in a session of its own, so that Ctrl-C reaches only us."""
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(log, "ab")) if log else None
         return subprocess.Popen([*prefix, sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stdout=out,
@@ -118,8 +118,7 @@ def main():
     def interrupt(*_):
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, interrupt)
-    arguments = [ROOT.joinpath(name) if name.endswith(".npy") else name for name in ["x.npy", "y.npy"]]
-    three = Three(".", (5001, 5002, 5003), input=[*arguments, *sys.argv[1:]], logs=False)
+    three = Three(".", (5001, 5002, 5003), input=["x.npy", "y.npy", *sys.argv[1:]], logs=False)
     try:
         with three.start():
             code = three.wait_for_input(timeout=24 * 3600)

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from synthgrad import (MAX_BODY, LayerClient, NoAnswer, OracleClient, Refused, decode, encode, json_to_ndarray,
