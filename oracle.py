@@ -184,5 +184,5 @@ def main(args, stop):
 if __name__ == "__main__":
     parser = synthgrad.argument_parser(__doc__, 5001, [24, 12, 24], learning_rate=0.01)
     parser.add_argument("--condition-on-labels", action="store_true", help="guess from y too (cDNI)")
-    parser.add_argument("--keep", type=int, default=4000, help="newest examples to learn from (%(default)s)")
+    parser.add_argument("--keep", type=int, default=1000, help="newest examples to learn from (%(default)s)")
     synthgrad.run(main, parser)
