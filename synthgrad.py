@@ -192,12 +192,10 @@ class Client:
         return answer
 
     def status(self):
-        """The server's /status. From here on its `instance` is the one that is meant: another one answers 412."""
-        self.headers.pop("If-Match", None)
+        """The server's /status, which must name the process's layers and its instance."""
         status = self.call("GET", "/status")
         if not isinstance(status.get("layers"), list) or not isinstance(status.get("instance"), str):
             raise NoAnswer(f"{self.url} is not one of the three processes: its /status lacks layers or instance")
-        self.headers["If-Match"] = status["instance"]
         return status
 
     def _gradients(self, path, h, y):
@@ -225,6 +223,13 @@ class OracleClient(Client):
 
 class LayerClient(Client):
     """The output trainer, as the input trainer sees it."""
+
+    def status(self):
+        """As above; and from here on this very process is meant: one that was started anew since answers 412."""
+        self.headers.pop("If-Match", None)
+        status = super().status()
+        self.headers["If-Match"] = status["instance"]
+        return status
 
     def training_examples(self, i, h, y):
         self.call("POST", "/training_examples", encode(i=i, h=h, y=y))

@@ -38,6 +38,11 @@ def train(layers, x, y, gradients, throw, learning_rate, momentum, order):
         yield len(i)
 
 
+def learning_rate(updates, args):
+    """Rises for the first updates, while the oracle and the output half know little, and then falls as 1 / updates."""
+    return args.learning_rate * min(1, (updates + 1) / (args.warm_up + 1)) / (1 + updates / args.decay)
+
+
 def minibatches(num_examples, batch_size, skip, seed):
     """Indices without end, each epoch in a new order; the first `skip` examples are passed over."""
     epoch, start = divmod(skip, num_examples)
@@ -240,7 +245,7 @@ def learn(run, x, y, progress):
                                            min(10_000, synthgrad.examples_per_message(args.layers[-1])))
     updates = train(run.half, x, y, getattr(run, args.gradients),
                     sender.throw if args.gradients != "true" else lambda *_: None,
-                    lambda: args.learning_rate / (1 + run.updates / args.decay), args.momentum,
+                    lambda: learning_rate(run.updates, args), args.momentum,
                     minibatches(len(x), args.batch_size, run.examples, args.seed))
     before, start, due = run.seconds, time.perf_counter(), args.snapshot_seconds
     with tqdm(total=total, initial=run.examples, unit=" examples", unit_scale=True, mininterval=0.5) as bar:
@@ -297,6 +302,7 @@ if __name__ == "__main__":
     parser.add_argument("y", nargs="?", help="targets, (n,)")
     parser.add_argument("--gradients", choices=["synthetic", "true", "zero"], default="synthetic", help="%(default)s")
     parser.add_argument("--momentum", type=float, default=0.0, help="%(default)s")
+    parser.add_argument("--warm-up", type=float, default=4000, help="updates until the full rate (%(default)s)")
     parser.add_argument("--decay", type=float, default=20_000, help="updates until the rate has halved (%(default)s)")
     parser.add_argument("--num-epochs", type=int, default=16, help="%(default)s")
     parser.add_argument("--oracle-server", default="127.0.0.1:5001", help="%(default)s")

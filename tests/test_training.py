@@ -23,14 +23,14 @@ def test_true_gradients_over_the_wire_equal_backprop_in_one_process(tmp_path, sm
     rate = 0.5
     with Three(tmp_path, output=["--learning-rate", rate, "--decay", 1e12],
                input=[*small_data, "--gradients", "true", "--num-epochs", 2, "--learning-rate", rate, "--momentum", 0.9,
-                      "--decay", 1e12]) as three:
+                      "--decay", 1e12, "--warm-up", 0]) as three:
         three.start("output", "input")  # no oracle: nobody needs it
         assert three.wait_for_input(60) == 0, three.log("input")
     x, y, x_test, y_test = load_data(*small_data)
     layers = [*make_layers([2, 24], np.random.default_rng(0), last=Sigmoid),
               *make_layers([24, 12, 1], np.random.default_rng(0))]
     order = minibatches(len(x), 100, 0, 0)
-    for _ in range(2 * len(x) // 100):
+    for step in range(2 * len(x) // 100):
         i = next(order)
         backprop(layers, feed_forward(layers, x[i]) - y[i, None])
         for layer in layers:
@@ -49,11 +49,11 @@ def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_pat
         folder = tmp_path / gradients
         folder.mkdir()
         with Three(folder, input=[*large_data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds", 2,
-                                  "--layers", 2, 6],
+                                  "--layers", 2, 6, "--learning-rate", 0.5],
                    oracle=["--layers", 6, 12, 6], output=["--layers", 6, 12, 1]) as three:
             three.start("input", "output", "oracle")  # the wrong way round: each waits for whom it needs
             wait_until(lambda: (three.progress / "metrics.csv").exists() and
-                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 25, "25 s of training", 90)
+                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 30, "30 s of training", 90)
             codes = [end(three.processes[name]) for name in ("input", "output", "oracle")]
         assert codes == [0, 0, 0]
         assert "waiting for the o" in three.log("input")
@@ -61,7 +61,7 @@ def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_pat
             assert "Traceback" not in three.log(name)
         reached[gradients] = min(float(row["test_mse"]) for row in rows(three)[-4:])
         assert len(snapshots(three.progress)) == len(rows(three))
-    assert reached["synthetic"] < 0.8 * reached["zero"], reached
+    assert reached["synthetic"] < 0.9 * reached["zero"], reached
 
 
 def test_counters_add_up_and_ctrl_c_writes_a_last_snapshot(tmp_path, small_data):

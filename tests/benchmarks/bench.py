@@ -19,7 +19,7 @@ from sgd import load_data
 from tests.benchmarks.measure import DATA, machine, resident_megabytes, run_sgd, run_three, time_to
 from tests.processes import Three, free_ports, wait_until
 
-SECONDS = 90   # of training, in the decoupled runs
+SECONDS = 60   # of training, in the decoupled runs
 
 
 def bare_loop(examples=30_000):

@@ -25,7 +25,7 @@ RUNS = {  # name: (options of the oracle, options of the input trainer, what it 
     "synthetic, labels shown": (["--condition-on-labels"], [], "the paper's cDNI"),
 }
 # True gradients arrive undelayed and unguessed, so layer 1 can take the output half's own rate and momentum.
-TRUE = ["--learning-rate", 0.2, "--momentum", 0.9, "--decay", 20_000]
+TRUE = ["--learning-rate", 0.2, "--momentum", 0.9, "--decay", 20_000, "--warm-up", 0]
 
 
 def run(folder, name, seed, epochs):
