@@ -67,7 +67,7 @@ class Run:
         self.reconnecting, self.output_instance, self.output_weights = threading.Lock(), None, None
         self.examples = self.updates = 0
         self.seconds, self.row, self.snapshot, self.version, self.sender = 0.0, {}, None, 0, None
-        self.state = "waiting for the other two processes"
+        self.state, self.looked = "waiting for the other two processes", float("-inf")  # when a page last asked
         self.latencies = collections.deque(maxlen=1000)  # seconds that the oracle took to answer
 
     # -- gradients, from one of three sources --
@@ -189,6 +189,7 @@ def add_page(app, run):
 
     @app.get("/live")
     def live():
+        run.looked = time.monotonic()
         mine, output, oracle = run.status(), ask(run.output.url), ask(run.oracle.url)
         fine = output and (oracle or run.args.gradients == "true")
         return {"version": run.version, "well": bool(fine), "state": mine["state"], "processes": {
@@ -275,6 +276,9 @@ def learn(run, x, y, progress):
         print(f"no last snapshot: {error}", file=sys.stderr)
     print(f"{run.examples} examples in {run.seconds:.1f} s, held-out MSE {run.row['test_mse']:.4f}: "
           f"{args.progress_dir}/metrics.csv", flush=True)
+    run.state = "training was stopped" if stopped else "training is finished"
+    if time.monotonic() - run.looked < 5:
+        time.sleep(4)  # whoever looks at the live page sees the end, too
 
 
 def resume(run):

@@ -5,8 +5,7 @@
 train_input.py throws (i, h, y) at it: indices, activations, targets. It keeps the newest activations per index, and
 loops over this partial training set, what has just arrived first. The true gradients g = dL/dh that fall out of its
 backprop there it throws at the oracle, fire and forget. The gradients at older activations it keeps to itself: they
-belong to a layer 1 that is no more, and an oracle that learns from them misleads the present one (held-out MSE 0.037
-instead of 0.015 after 1.2 million examples).
+belong to a layer 1 that is no more, and an oracle that learns from them misleads the present one.
 """
 import collections
 

@@ -95,5 +95,16 @@ def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong
             return browser.find_element("tag name", "body").text
         three.processes["oracle"].kill()
         wait_until(lambda: "unreachable" in state(), "the page to say that the oracle is gone")
+        three.start("oracle")
+        wait_until(lambda: "unreachable" not in state(), "the page to see the oracle again")
         three.processes["input"].kill()
         wait_until(lambda: "does not answer" in state(), "the page to say that the input trainer is gone")
+
+
+def test_the_live_page_says_that_training_is_finished(browser, tmp_path, small_data):
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 100]) as three:
+        three.start()
+        wait_until(lambda: three.status("input"), "the page to be served")
+        browser.get(f"http://127.0.0.1:{three.port('input')}/")
+        assert three.wait_for_input(60) == 0
+        assert "training is finished" in browser.find_element("id", "state").text
