@@ -301,7 +301,7 @@ def resume(run):
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5003, [2, 24], learning_rate=2.0)
+    parser = synthgrad.argument_parser(__doc__, 5003, [2, 24], learning_rate=1.0)
     parser.add_argument("x", nargs="?", help="inputs, (n, columns)")
     parser.add_argument("y", nargs="?", help="targets, (n,)")
     parser.add_argument("--gradients", choices=["synthetic", "true", "zero"], default="synthetic", help="%(default)s")
