@@ -176,7 +176,7 @@ class Client:
                 self.connection.request(method, path, body, self.headers)
                 response = self.connection.getresponse()
             except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-                self.connection.close()  # the kept connection had gone stale
+                self.connection.close()  # the kept connection had gone stale: the server was restarted, say
                 self.connection.request(method, path, body, self.headers)
                 response = self.connection.getresponse()
             answer = response.read(MAX_BODY + 1)
@@ -314,7 +314,7 @@ class Sender:
             try:
                 self.post(*(array[newest] for array in arrays))
                 outcome = "sent"
-            except (NoAnswer, Refused, FloatingPointError) as error:
+            except Exception as error:  # whatever it is, it is said, and the thread lives on
                 outcome = "dropped"
                 if self.reachable:
                     print(f"{self.who} does not take what is thrown at it; dropping until it does: {error}",
