@@ -48,18 +48,17 @@ def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_pat
     for gradients in ("synthetic", "zero"):
         folder = tmp_path / gradients
         folder.mkdir()
-        with Three(folder, input=[*large_data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds", 2,
-                                  "--layers", 2, 6, "--learning-rate", 0.5],
-                   oracle=["--layers", 6, 12, 6], output=["--layers", 6, 12, 1]) as three:
+        with Three(folder, input=[*large_data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds",
+                                  2]) as three:
             three.start("input", "output", "oracle")  # the wrong way round: each waits for whom it needs
             wait_until(lambda: (three.progress / "metrics.csv").exists() and
-                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 30, "30 s of training", 90)
+                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 40, "40 s of training", 90)
             codes = [end(three.processes[name]) for name in ("input", "output", "oracle")]
         assert codes == [0, 0, 0]
         assert "waiting for the o" in three.log("input")
         for name in three.commands:
             assert "Traceback" not in three.log(name)
-        reached[gradients] = min(float(row["test_mse"]) for row in rows(three)[-4:])
+        reached[gradients] = min(float(row["test_mse"]) for row in rows(three))
         assert len(snapshots(three.progress)) == len(rows(three))
     assert reached["synthetic"] < 0.9 * reached["zero"], reached
 
