@@ -19,6 +19,11 @@ def last_mse(three):
     return float(rows(three)[-1]["test_mse"])
 
 
+def write(folder, name, array):
+    np.save(folder / name, array)
+    return folder / name
+
+
 def test_true_gradients_over_the_wire_equal_backprop_in_one_process(tmp_path, small_data):
     rate = 0.5
     with Three(tmp_path, output=["--learning-rate", rate, "--decay", 1e12],
@@ -43,16 +48,23 @@ def test_true_gradients_over_the_wire_equal_backprop_in_one_process(tmp_path, sm
     assert row["test_mse"] == pytest.approx(mean_squared_error(layers, x_test, y_test), rel=1e-3)
 
 
-def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_path, large_data):
+def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_path):
+    """A problem that a layer 1 of random weights cannot solve: the target is a function of one direction out of 20,
+    of which 4 random units keep a fifth. Such an h does not determine the gradient, so the oracle sees y, too."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (50_000, 20)).astype("f")
+    data = write(tmp_path, "x.npy", x), write(tmp_path, "y.npy", np.tanh(x @ rng.normal(size=20) / 2).astype("f"))
     reached = {}
     for gradients in ("synthetic", "zero"):
         folder = tmp_path / gradients
         folder.mkdir()
-        with Three(folder, input=[*large_data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds",
-                                  2]) as three:
+        with Three(folder, input=[*data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds", 1,
+                                  "--layers", 20, 4, "--learning-rate", 0.3, "--warm-up", 500],
+                   oracle=["--layers", 4, 12, 4, "--condition-on-labels"],
+                   output=["--layers", 4, 12, 1]) as three:
             three.start("input", "output", "oracle")  # the wrong way round: each waits for whom it needs
             wait_until(lambda: (three.progress / "metrics.csv").exists() and
-                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 40, "40 s of training", 90)
+                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 15, "15 s of training", 90)
             codes = [end(three.processes[name]) for name in ("input", "output", "oracle")]
         assert codes == [0, 0, 0]
         assert "waiting for the o" in three.log("input")
@@ -60,7 +72,7 @@ def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_pat
             assert "Traceback" not in three.log(name)
         reached[gradients] = min(float(row["test_mse"]) for row in rows(three))
         assert len(snapshots(three.progress)) == len(rows(three))
-    assert reached["synthetic"] < 0.9 * reached["zero"], reached
+    assert reached["synthetic"] < 0.6 * reached["zero"], reached
 
 
 def test_counters_add_up_and_ctrl_c_writes_a_last_snapshot(tmp_path, small_data):
@@ -85,11 +97,6 @@ def test_processes_that_do_not_fit_say_so(tmp_path, small_data):
         assert three.processes["output"].wait(60) == 2 and three.processes["input"].wait(60) == 2
     assert "gradients of 10 activations, but --layers begins with 8" in three.log("output")
     assert "--layers begin with 8, ours end with 24" in three.log("input") or "waiting for" in three.log("input")
-
-
-def write(folder, name, array):
-    np.save(folder / name, array)
-    return folder / name
 
 
 @pytest.mark.parametrize("script", ["generate.py", "sgd.py", "oracle.py", "train_output.py", "train_input.py", "plot.py"])
