@@ -1,4 +1,4 @@
-# make run | test | sgd | plots | compare | bench | bench-long | bench-depth | soak | clean
+# make run | test | sgd | plots | compare | bench | bench-long | clean
 # EPOCHS=20 sets the length of a run, VENV=dir puts the virtual environment elsewhere.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ sgd: x.npy
 plots: $(VENV)/ready
 	$(BIN)/python plot.py
 
-compare bench bench-long bench-depth soak: x.npy
+compare bench bench-long: x.npy
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@)
 
 x.npy: $(VENV)/ready
@@ -35,4 +35,4 @@ clean:
 	rm -rf progress progress.old sgd_progress sgd_progress.old synthetic_plots learning.gif learning_curves.png target.png \
 	  x.npy y.npy compare __pycache__ tests/__pycache__ tests/benchmarks/__pycache__ .pytest_cache .hypothesis
 
-.PHONY: run test sgd plots compare bench bench-long bench-depth soak clean
+.PHONY: run test sgd plots compare bench bench-long clean
