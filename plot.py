@@ -59,6 +59,7 @@ def draw_surface(figure, layers, row):
 
 def draw_curves(figure, runs):
     """Held-out MSE against seconds and against examples, and the gradient cosine below. runs: name -> metrics."""
+    from matplotlib.ticker import LogLocator
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[3, 2])
     for (name, metrics), (color, line) in zip(runs.items(), STYLES * len(runs)):
         for column, x, scale in ((0, "seconds", 1), (1, "examples", 1e6)):
@@ -66,8 +67,7 @@ def draw_curves(figure, runs):
                 if np.isfinite(metrics.get(y, np.nan)).any():
                     ax.plot(metrics[x] / scale, metrics[y], line, color=color, label=name, linewidth=1.5)
     axes[0, 0].set(ylabel="held-out MSE", yscale="log")
-    for axis in (axes[0, 0].yaxis.set_major_formatter, axes[0, 0].yaxis.set_minor_formatter):
-        axis("{x:.3g}")
+    axes[0, 0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}", minor_formatter="")
     axes[1, 0].set(ylabel="cosine of synthetic and\ntrue gradients", ylim=(-0.3, 1))
     axes[1, 0].set_xlabel("seconds of training")
     axes[1, 1].set_xlabel("millions of examples that layer 1 has seen")
