@@ -9,16 +9,16 @@ gradients age as the network learns, and trains over them in a loop, minimising 
 train_input.py asks it for ĝ(h) and waits: that question is the critical path of the whole system.
 """
 import contextlib
-import math
 import os
+import threading
+import time
 
 import numpy as np
 
 import synthgrad
 
-POOL = 4096   # examples that one call of the compiled training function is given, and
-STEPS = 100   # minibatches that it takes from them: about 6 ms
-TRUST = 25      # questions that are answered between two pieces of news; a guess older than that is worth nothing
+STEPS = 50    # minibatches in one call of the compiled training function: about 3 ms
+TRUST = 25    # questions that are answered between two pieces of news; a guess older than that is worth nothing
 
 
 @contextlib.contextmanager
@@ -35,24 +35,33 @@ def quiet():
 
 
 class NewestExamples:
-    """The newest `capacity` examples, in arrays that only the training loop touches. The oldest are dropped."""
+    """The newest `capacity` examples; the oldest are dropped. Server threads write, the training loop reads: both
+    hold the lock, for as long as it takes to copy a few rows, so that nobody waits for a training step."""
 
     def __init__(self, capacity, input_dim, output_dim):
         self.h, self.g = np.empty((capacity, input_dim), np.float32), np.empty((capacity, output_dim), np.float32)
         self.received = self.stored = self.dropped = 0
+        self.lock = threading.Lock()
 
     def add(self, h, g):
         """h (batch, input_dim), g (batch, output_dim)."""
         capacity = len(self.h)
-        slots = np.arange(self.received, self.received + len(h))[-capacity:] % capacity
-        self.h[slots], self.g[slots] = h[-capacity:], g[-capacity:]
-        self.received += len(h)
-        self.stored = min(self.received, capacity)
-        self.dropped = self.received - self.stored
+        with self.lock:
+            slots = np.arange(self.received, self.received + len(h))[-capacity:] % capacity
+            self.h[slots], self.g[slots] = h[-capacity:], g[-capacity:]
+            self.received += len(h)
+            self.stored = min(self.received, capacity)
+            self.dropped = self.received - self.stored
+
+    def minibatches(self, shape, rng):
+        """Examples drawn at random with replacement: h (*shape, input_dim), g (*shape, output_dim)."""
+        with self.lock:
+            rows = rng.integers(self.stored, size=shape)
+            return self.h[rows], self.g[rows]
 
 
 class Oracle:
-    """A Keras model between two fixed changes of scale.
+    """A Keras model between two changes of scale.
 
     It sees h standardised, and learns g divided by the gradients' present root mean square: true gradients shrink
     as the network learns, and the model should not have to follow that. Its last layer starts at zero, so that the
@@ -68,40 +77,35 @@ class Oracle:
             tf.zeros(())
         keras = tf.keras
         keras.utils.set_random_seed(seed)
-        self.model = keras.Sequential([keras.Input((dims[0],))])
-        for width in dims[1:-1]:
-            self.model.add(keras.layers.Dense(width, activation="tanh"))
-        self.model.add(keras.layers.Dense(dims[-1], kernel_initializer="zeros"))
+        model = keras.Sequential([keras.Input((dims[0],)),
+                                  *(keras.layers.Dense(width, activation="tanh") for width in dims[1:-1]),
+                                  keras.layers.Dense(dims[-1], kernel_initializer="zeros")])
         optimizer = keras.optimizers.Adam(learning_rate)
-        optimizer.build(self.model.trainable_variables)
+        optimizer.build(model.trainable_variables)
 
-        @tf.function(jit_compile=True)  # one call without Python's lock: the threads that answer are never starved
+        @tf.function(jit_compile=True)  # one call without Python's lock, so that the threads that answer are never starved
         def train(h, g):
-            mean, deviation = tf.reduce_mean(h, 0), tf.math.reduce_std(h, 0) + 1e-3
+            mean, deviation = tf.reduce_mean(h, (0, 1)), tf.math.reduce_std(h, (0, 1)) + 1e-3
             scale = tf.sqrt(tf.reduce_mean(tf.square(g))) + 1e-12
             h, g = (h - mean) / deviation, g / scale
 
             def step(k, total):
-                batch = k * batch_size % (POOL - batch_size) + tf.range(batch_size)
                 with tf.GradientTape() as tape:
-                    guess = self.model(tf.gather(h, batch), training=True)
-                    loss = tf.reduce_mean(tf.square(guess - tf.gather(g, batch)))
-                optimizer.apply(tape.gradient(loss, self.model.trainable_variables))
+                    loss = tf.reduce_mean(tf.square(model(h[k], training=True) - g[k]))
+                optimizer.apply(tape.gradient(loss, model.trainable_variables))
                 return k + 1, total + loss
 
             _, total = tf.while_loop(lambda k, _: k < STEPS, step, (0, 0.0))
-            results = [total / STEPS, scale, mean, deviation, *self.model.trainable_variables]
-            return tf.concat([tf.reshape(result, [-1]) for result in results], 0)
+            return total / STEPS, scale, mean, deviation, *(weight.value for weight in model.trainable_variables)
 
-        train(np.zeros((POOL, dims[0]), np.float32), np.zeros((POOL, dims[-1]), np.float32))  # compiles; learns nothing
-        self._train, self.updates = train, 0
-        self._shapes = [(), (), dims[:1], dims[:1], *(weight.shape for weight in self.model.trainable_variables)]
-        zeros, ones = np.zeros(dims[0], np.float32), np.ones(dims[0], np.float32)
-        self._publish([0, np.float32(0), zeros, ones, *self.model.get_weights()])
+        self.model, self.batch_size, self.updates = model, batch_size, 0
+        nothing = [tf.zeros((STEPS, batch_size, dim)) for dim in (dims[0], dims[-1])]
+        self._tensor, self._train = tf.constant, train.get_concrete_function(*nothing)
+        self._train(*nothing)  # compiles; learns nothing from zero gradients
+        self._publish(np.float32(0), np.zeros(dims[0], np.float32), np.ones(dims[0], np.float32), *model.get_weights())
 
-    def _publish(self, results):
+    def _publish(self, scale, mean, deviation, *weights):
         """Take over what guess() needs, whole, by one assignment."""
-        _, scale, mean, deviation, *weights = results
         self.published = scale, mean, deviation, list(zip(weights[::2], weights[1::2]))
 
     def guess(self, h):
@@ -118,22 +122,19 @@ class Oracle:
 
     def train(self, examples, rng):
         """STEPS minibatches; returns the loss as a fraction: 0 is a perfect guess, 1 no better than zeros."""
-        rows = rng.integers(examples.stored, size=POOL)
-        flat = self._train(examples.h.take(rows, axis=0), examples.g.take(rows, axis=0)).numpy()
-        if not np.isfinite(flat).all():
+        h, g = examples.minibatches((STEPS, self.batch_size), rng)
+        loss, *results = (result.numpy() for result in self._train(self._tensor(h), self._tensor(g)))
+        if not np.isfinite(loss):
             raise FloatingPointError("the oracle diverged; try a lower --learning-rate")
-        ends = np.cumsum([math.prod(shape) for shape in self._shapes])
-        results = [part.reshape(shape) for part, shape in zip(np.split(flat, ends), self._shapes)]
-        self._publish(results)
+        self._publish(*results)
         self.updates += STEPS
-        return float(results[0])
+        return float(loss)
 
 
 def main(args, stop):
     dims = [args.layers[0] + args.condition_on_labels, *args.layers[1:]]
     if args.layers[0] != args.layers[-1]:
         raise ValueError(f"--layers {args.layers}: the first and the last must be equal, the width of h and of dL/dh")
-    inbox = synthgrad.Inbox()
     examples = NewestExamples(args.keep, dims[0], dims[-1])
     oracle, loss, answered, withheld, fresh_until = None, None, 0, 0, 0
 
@@ -164,7 +165,7 @@ def main(args, stop):
     @app.post("/provide_gradients")
     def provide_gradients():
         _, h, y, g = synthgrad.read(i=(), h=(args.layers[0],), y=(), gradients=(dims[-1],))
-        inbox.ask(examples.add, model_input(h, y), g)
+        examples.add(model_input(h, y), g)
         return {"accepted": len(h)}
 
     synthgrad.serve(app, args.host, args.port, args.token)
@@ -172,17 +173,18 @@ def main(args, stop):
     oracle = Oracle(dims, args.learning_rate, args.batch_size, args.seed)
     rng, rest = np.random.default_rng(args.seed), synthgrad.Rest()
     print(f"oracle {args.layers} answers on {args.host}:{args.port}", flush=True)
+    seen = 0
     while not stop:
-        idle, seen = rest.due(examples.received), examples.received
-        inbox.work(wait=idle)
+        if rest.due(examples.received):
+            time.sleep(0.05)
+            continue
         if examples.received > seen:
-            fresh_until = answered + TRUST
-        if examples.stored and not idle:
-            loss = oracle.train(examples, rng)
+            seen, fresh_until = examples.received, answered + TRUST
+        loss = oracle.train(examples, rng)
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5001, [24, 12, 24], learning_rate=0.01)
+    parser = synthgrad.argument_parser(__doc__, 5001, [24, 12, 24], learning_rate=0.005)
     parser.add_argument("--condition-on-labels", action="store_true", help="guess from y too (cDNI)")
-    parser.add_argument("--keep", type=int, default=1000, help="newest examples to learn from (%(default)s)")
+    parser.add_argument("--keep", type=int, default=2000, help="newest examples to learn from (%(default)s)")
     synthgrad.run(main, parser)

@@ -55,14 +55,16 @@ class Linear:
 class Layer:
     """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both float32.
 
-    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16), biases at zero.
+    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16). Biases start
+    where inputs of mean `input_mean` leave z at zero, the middle of a sigmoid; without that, deep stacks pass no
+    signal on, for a sigmoid's outputs have mean ½.
     """
 
-    def __init__(self, input_dim, output_dim, activation, rng=None):
+    def __init__(self, input_dim, output_dim, activation, rng=None, input_mean=0.0):
         rng = rng or np.random.default_rng()
         scale = activation.gain * np.sqrt(2 / (input_dim + output_dim))
         self.w = (scale * rng.standard_normal((input_dim, output_dim))).astype(np.float32)
-        self.b = np.zeros(output_dim, np.float32)
+        self.b = -input_mean * self.w.sum(axis=0)
         self.activation = activation
         self.w_velocity, self.b_velocity = np.zeros_like(self.w), np.zeros_like(self.b)
 
@@ -92,10 +94,12 @@ class Layer:
         self.b -= learning_rate * self.dL_db
 
 
-def make_layers(dims, rng, last=Linear):
-    """[2, 24, 12, 1] -> three layers, sigmoid but for the last one."""
+def make_layers(dims, rng, last=Linear, input_mean=0.0):
+    """[2, 24, 12, 1] -> three layers, sigmoid but for the last one; `input_mean` is that of the first one's inputs."""
     activations = [Sigmoid] * (len(dims) - 2) + [last]
-    return [Layer(*shape, activation, rng) for *shape, activation in zip(dims, dims[1:], activations)]
+    means = [input_mean] + [0.5] * (len(dims) - 2)
+    return [Layer(*shape, activation, rng, mean)
+            for *shape, activation, mean in zip(dims, dims[1:], activations, means)]
 
 
 def feed_forward(layers, h):

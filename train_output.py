@@ -36,7 +36,7 @@ class OutputHalf:
     """Layers 2 and 3, and how fast they learn. Only the training loop touches them."""
 
     def __init__(self, dims, learning_rate, momentum, decay, rng):
-        self.layers = make_layers(dims, rng)
+        self.layers = make_layers(dims, rng, input_mean=0.5)  # of layer 1's sigmoid
         self.learning_rate, self.momentum, self.decay = learning_rate, momentum, decay
         self.updates, self.loss = 0, None
 

@@ -28,12 +28,16 @@ def free_ports(count):
 
 
 def start(script, *args, log=None, cwd=None, prefix=()):
-    """One of the project's programs, in a session of its own, so that Ctrl-C reaches only us."""
+    """One of the project's programs, in a process group of its own, so that Ctrl-C reaches only us.
+
+    Not in a session of its own: Linux shares the cores out between sessions first (autogroup), and then a thread
+    that yields, yields only to its own process.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(log, "ab")) if log else None
         return subprocess.Popen([*prefix, sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stdout=out,
-                                stderr=subprocess.STDOUT if out else None, start_new_session=True, env=environment)
+                                stderr=subprocess.STDOUT if out else None, process_group=0, env=environment)
 
 
 def end(process, sig=signal.SIGTERM, timeout=DEADLINE):
