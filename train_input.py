@@ -301,13 +301,13 @@ def resume(run):
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5003, [2, 24], learning_rate=2.0)
+    parser = synthgrad.argument_parser(__doc__, 5003, [2, 24], learning_rate=3.0)
     parser.add_argument("x", nargs="?", help="inputs, (n, columns)")
     parser.add_argument("y", nargs="?", help="targets, (n,)")
     parser.add_argument("--gradients", choices=["synthetic", "true", "zero"], default="synthetic", help="%(default)s")
     parser.add_argument("--momentum", type=float, default=0.0, help="%(default)s")
     parser.add_argument("--warm-up", type=float, default=1000, help="updates until the full rate (%(default)s)")
-    parser.add_argument("--decay", type=float, default=1e5, help="updates until the rate has halved (%(default)s)")
+    parser.add_argument("--decay", type=float, default=30_000, help="updates until the rate has halved (%(default)s)")
     parser.add_argument("--num-epochs", type=int, default=16, help="%(default)s")
     parser.add_argument("--oracle-server", default="127.0.0.1:5001", help="%(default)s")
     parser.add_argument("--output-server", default="127.0.0.1:5002", help="%(default)s")

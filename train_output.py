@@ -156,7 +156,7 @@ def main(args, stop):
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5002, [24, 12, 1], learning_rate=0.2)
+    parser = synthgrad.argument_parser(__doc__, 5002, [24, 12, 1], learning_rate=0.1)
     parser.add_argument("--oracle-server", default="127.0.0.1:5001", help="%(default)s")
     parser.add_argument("--momentum", type=float, default=0.9, help="%(default)s")
     parser.add_argument("--decay", type=float, default=200_000, help="updates until the rate has halved (%(default)s)")

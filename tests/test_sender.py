@@ -33,7 +33,7 @@ def adds_up(counters):
 
 def test_throwing_never_waits_and_the_oldest_are_dropped():
     gate = Gate()
-    sender = Sender(gate.post, "the gate", max_examples=40, interval=0)
+    sender = Sender(gate.post, "the gate", max_examples=40)
     sender.throw(*batch([0], 0))
     wait_until(lambda: not sender.queue, "the thread to hang at the gate")
     began = time.monotonic()
@@ -51,7 +51,7 @@ def test_throwing_never_waits_and_the_oldest_are_dropped():
 
 def test_the_newest_per_index_wins():
     gate = Gate()
-    sender = Sender(gate.post, "the gate", max_examples=1000, interval=0)
+    sender = Sender(gate.post, "the gate", max_examples=1000)
     sender.throw(*batch([99], 0))
     wait_until(lambda: not sender.queue, "the thread to hang at the gate")
     sender.throw(*batch([1, 2, 2], 1))
@@ -66,7 +66,7 @@ def test_the_newest_per_index_wins():
 def test_a_dead_server_is_survived_and_counted(capsys):
     gate = Gate(fail=True)
     gate.open.set()
-    sender = Sender(gate.post, "the gate", max_examples=100, interval=0)
+    sender = Sender(gate.post, "the gate", max_examples=100)
     sender.throw(*batch([1, 2], 0))
     wait_until(lambda: sender.dropped == 2, "the drop to be counted")
     assert not sender.reachable
@@ -79,7 +79,7 @@ def test_a_dead_server_is_survived_and_counted(capsys):
 
 def test_closing_is_bounded_when_the_server_hangs():
     gate = Gate()
-    sender = Sender(gate.post, "the gate", max_examples=100, interval=0)
+    sender = Sender(gate.post, "the gate", max_examples=100)
     sender.throw(*batch([1], 0))
     began = time.monotonic()
     sender.close(timeout=0.2)

@@ -33,7 +33,7 @@ def test_true_gradients_over_the_wire_equal_backprop_in_one_process(tmp_path, sm
         assert three.wait_for_input(60) == 0, three.log("input")
     x, y, x_test, y_test = load_data(*small_data)
     layers = [*make_layers([2, 24], np.random.default_rng(0), last=Sigmoid),
-              *make_layers([24, 12, 1], np.random.default_rng(0))]
+              *make_layers([24, 12, 1], np.random.default_rng(0), input_mean=0.5)]
     order = minibatches(len(x), 100, 0, 0)
     for step in range(2 * len(x) // 100):
         i = next(order)
@@ -48,31 +48,26 @@ def test_true_gradients_over_the_wire_equal_backprop_in_one_process(tmp_path, sm
     assert row["test_mse"] == pytest.approx(mean_squared_error(layers, x_test, y_test), rel=1e-3)
 
 
-def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_path):
-    """A problem that a layer 1 of random weights cannot solve: the target is a function of one direction out of 20,
-    of which 4 random units keep a fifth. Such an h does not determine the gradient, so the oracle sees y, too."""
-    rng = np.random.default_rng(0)
-    x = rng.uniform(-1, 1, (50_000, 20)).astype("f")
-    data = write(tmp_path, "x.npy", x), write(tmp_path, "y.npy", np.tanh(x @ rng.normal(size=20) / 2).astype("f"))
+def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_path, large_data):
+    """The default problem, network and oracle; 30 seconds of training each."""
     reached = {}
     for gradients in ("synthetic", "zero"):
         folder = tmp_path / gradients
         folder.mkdir()
-        with Three(folder, input=[*data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds", 1,
-                                  "--layers", 20, 4, "--learning-rate", 0.3, "--warm-up", 500],
-                   oracle=["--layers", 4, 12, 4, "--condition-on-labels"],
-                   output=["--layers", 4, 12, 1]) as three:
+        with Three(folder, input=[*large_data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds", 2]
+                   ) as three:
             three.start("input", "output", "oracle")  # the wrong way round: each waits for whom it needs
             wait_until(lambda: (three.progress / "metrics.csv").exists() and
-                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 15, "15 s of training", 90)
+                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 30, "30 s of training", 120)
             codes = [end(three.processes[name]) for name in ("input", "output", "oracle")]
         assert codes == [0, 0, 0]
         assert "waiting for the o" in three.log("input")
         for name in three.commands:
             assert "Traceback" not in three.log(name)
-        reached[gradients] = min(float(row["test_mse"]) for row in rows(three))
+        reached[gradients] = np.median([float(row["test_mse"]) for row in rows(three)[-3:]])
         assert len(snapshots(three.progress)) == len(rows(three))
-    assert reached["synthetic"] < 0.6 * reached["zero"], reached
+    assert reached["synthetic"] < 0.8 * reached["zero"], reached
+    print(reached)
 
 
 def test_counters_add_up_and_ctrl_c_writes_a_last_snapshot(tmp_path, small_data):
