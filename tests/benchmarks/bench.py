@@ -105,7 +105,7 @@ def echo_times(count=1500):
     return times
 
 
-def page_cost(folder, windows=3, seconds=12):
+def page_cost(folder, windows=4, seconds=15):
     """The share of throughput that the live page costs: windows without and with a viewer take turns in one run.
 
     The viewer asks what the page's script asks, as often, but draws nothing itself.
