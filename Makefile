@@ -1,5 +1,6 @@
-# make run | test | sgd | plots | compare | bench | bench-long | clean
-# EPOCHS=20 sets the length of a run, VENV=dir puts the virtual environment elsewhere.
+# make run | test | sgd | plots | clean
+# make bench | bench-long | bench-depth | bench-growth | bench-load | bench-crashes | compare | soak
+# ARGS=--help shows a benchmark's options. EPOCHS=20 sets the length of a run, VENV=dir puts the virtual environment elsewhere.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,8 +21,9 @@ sgd: x.npy
 plots: $(VENV)/ready
 	$(BIN)/python plot.py
 
-compare bench bench-long: x.npy
-	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@)
+BENCHES = bench bench-long bench-depth bench-growth bench-load bench-crashes compare soak
+$(BENCHES): x.npy
+	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
 x.npy: $(VENV)/ready
 	test -e x.npy -a -e y.npy || $(BIN)/python generate.py
@@ -33,6 +35,6 @@ $(VENV)/ready: requirements.txt
 
 clean:
 	rm -rf progress progress.old sgd_progress sgd_progress.old synthetic_plots learning.gif learning_curves.png target.png \
-	  x.npy y.npy compare __pycache__ tests/__pycache__ tests/benchmarks/__pycache__ .pytest_cache .hypothesis
+	  x.npy y.npy compare bench_depth __pycache__ tests/__pycache__ tests/benchmarks/__pycache__ .pytest_cache .hypothesis
 
-.PHONY: run test sgd plots compare bench bench-long clean
+.PHONY: run test sgd plots clean $(BENCHES)

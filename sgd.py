@@ -102,6 +102,14 @@ def make_layers(dims, rng, last=Linear, input_mean=0.0):
             for *shape, activation, mean in zip(dims, dims[1:], activations, means)]
 
 
+def layers_from_weights(weights):
+    """[(w, b), ...] -> layers that hold these arrays: sigmoid but for the last one, which is linear."""
+    layers = make_layers([len(w) for w, _ in weights] + [len(weights[-1][1])], np.random.default_rng(0))
+    for layer, (w, b) in zip(layers, weights):
+        layer.w, layer.b = w, b
+    return layers
+
+
 def feed_forward(layers, h):
     """x (batch, input_dim) of the first layer -> h (batch, output_dim) of the last."""
     for layer in layers:
@@ -203,16 +211,13 @@ def read_snapshot(path):
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        dims = [len(arrays[f"w{n}"]) for n in range(1, sum(name[0] == "w" for name in arrays) + 1)]
-        layers = make_layers([*dims, len(arrays[f"b{len(dims)}"])], np.random.default_rng(0))
-        for n, layer in enumerate(layers, 1):
-            for name in ("w", "b"):
-                array = arrays.pop(f"{name}{n}")
-                if array.shape != getattr(layer, name).shape or not np.isfinite(array).all():
-                    raise ValueError(f"{name}{n}")
-                setattr(layer, name, array)
-        return layers, {name: array.item() for name, array in arrays.items()}
-    except (ValueError, KeyError, IndexError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        weights = [(arrays.pop(f"w{n}"), arrays.pop(f"b{n}")) for n in range(1, 1 + len(arrays)) if f"w{n}" in arrays]
+        dims = [len(b) for _, b in weights]
+        for (w, b), shape in zip(weights, zip([len(weights[0][0]), *dims], dims)):
+            if w.shape != shape or b.ndim != 1 or not np.isfinite(w).all() or not np.isfinite(b).all():
+                raise ValueError(f"weights of the shapes {w.shape} and {b.shape}, or not finite")
+        return layers_from_weights(weights), {name: array.item() for name, array in arrays.items()}
+    except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is not a whole snapshot ({error})") from None
 
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import plot
 import synthgrad
-from sgd import (Progress, Sigmoid, backprop, feed_forward, load_data, make_layers, mean_squared_error,
-                 read_snapshot, snapshots)
+from sgd import (Progress, Sigmoid, backprop, feed_forward, layers_from_weights, load_data, make_layers,
+                 mean_squared_error, read_snapshot, snapshots)
 
 
 def train(layers, x, y, gradients, throw, learning_rate, momentum, order):
@@ -132,10 +132,7 @@ class Run:
         weights, updates = self.from_output(lambda: self.output.weights(self.output_layers))
         with self.reconnecting:
             self.output_weights = weights, updates
-        output = make_layers(self.output_layers, np.random.default_rng(0))
-        for layer, (w, b) in zip(output, weights):
-            layer.w, layer.b = w, b
-        whole = copy.deepcopy(self.half) + output
+        whole = copy.deepcopy(self.half) + layers_from_weights(weights)
         self.row = {"seconds": self.seconds, "examples": self.examples, "epoch": self.examples / self.args.num_examples,
                     "test_mse": mean_squared_error(whole, self.x_test, self.y_test),
                     "gradient_cosine": self.gradient_cosine(whole)}

@@ -78,7 +78,7 @@ class NewestPerIndex:
         self.owner = np.zeros(capacity, np.int64)  # index + 1, 0 for an empty slot; zeros take no memory until used
         self.h, self.y = np.empty((capacity, width), np.float32), np.empty(capacity, np.float32)
         self.filled = np.empty(capacity, np.int32)  # the first `stored` entries: the slots in use
-        self.just_arrived = collections.deque()  # batches that have not been trained on; gone before the next come
+        self.just_arrived = collections.deque(maxlen=20)  # minibatches not yet trained on; a flood pushes the oldest out
         self.received = self.stored = self.replaced = self.dropped = 0
 
     def add(self, i, h, y):
@@ -94,7 +94,8 @@ class NewestPerIndex:
         self.stored += len(fresh)
         self.replaced += replaced
         self.dropped = self.received - self.stored - self.replaced
-        self.just_arrived.extend((i[k:k + 500], h[k:k + 500], y[k:k + 500]) for k in range(0, len(i), 500))
+        for k in range(0, len(i), 500):
+            self.just_arrived.append(tuple(array[k:k + 500].copy() for array in (i, h, y)))
 
     def counters(self):
         return {name: getattr(self, name) for name in ("received", "stored", "replaced", "dropped")}

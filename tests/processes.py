@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -33,7 +34,7 @@ def start(script, *args, log=None, cwd=None, prefix=()):
     Not in a session of its own: Linux shares the cores out between sessions first (autogroup), and then a thread
     that yields, yields only to its own process.
     """
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}  # its idle threads spin
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(log, "ab")) if log else None
         return subprocess.Popen([*prefix, sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stdout=out,
@@ -70,18 +71,57 @@ def wait_until(condition, what, timeout=DEADLINE):
     return result
 
 
+class DelayingProxy:
+    """A port that passes everything on to another one, and holds back the first bytes of every answer for a while."""
+
+    def __init__(self, target):
+        self.target, self.delay = target, 0.0  # seconds; may be changed at any time
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # until close()
+            while True:
+                near = self.socket.accept()[0]
+                far = socket.create_connection(("127.0.0.1", self.target))
+                asked = threading.Event()
+                for each in (near, far):
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._pass, args=(near, far, lambda: asked.set()), daemon=True).start()
+                threading.Thread(target=self._pass, args=(far, near, lambda: self._hold(asked)), daemon=True).start()
+
+    def _hold(self, asked):
+        if asked.is_set():
+            asked.clear()
+            time.sleep(self.delay)
+
+    def _pass(self, source, sink, before):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                before()
+                sink.sendall(data)
+        for each in (source, sink):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.socket.close()
+
+
 class Three:
     """The oracle, the output trainer and the input trainer, on three ports, with their logs in `folder`."""
 
-    def __init__(self, folder, ports=None, oracle=(), output=(), input=(), logs=True):
+    def __init__(self, folder, ports=None, oracle=(), output=(), input=(), logs=True, proxy=None):
         self.folder, self.ports = Path(folder), ports or free_ports(3)
         self.progress = self.folder / "progress" if logs else Path("progress")
         a, b, c = self.ports
+        via = proxy.port if proxy else b  # where the input trainer finds the output trainer
         self.commands = {
             "oracle": ["oracle.py", "--port", a, *oracle],
             "output": ["train_output.py", "--port", b, "--oracle-server", f"127.0.0.1:{a}", *output],
             "input": ["train_input.py", "--port", c, "--oracle-server", f"127.0.0.1:{a}", "--output-server",
-                      f"127.0.0.1:{b}", "--progress-dir", self.progress, *input]}
+                      f"127.0.0.1:{via}", "--progress-dir", self.progress, *input]}
         self.logs, self.processes = logs, {}
 
     def start(self, *names, extra=()):

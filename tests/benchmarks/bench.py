@@ -17,7 +17,7 @@ import requests
 from tqdm import tqdm
 
 from sgd import load_data
-from tests.benchmarks.measure import DATA, machine, resident_megabytes, run_sgd, run_three, time_to
+from tests.benchmarks.measure import DATA, print_table, resident_megabytes, run_sgd, run_three, time_to
 from tests.processes import Three, free_ports, wait_until
 
 SECONDS = 60   # of training, in the decoupled runs
@@ -197,9 +197,7 @@ def main():
         ("an epoch of sgd.py over a bare NumPy loop", f"{layered / bare:.2f}", "1.15",
          f"{layered * 1e6:.1f} µs against {bare * 1e6:.1f} µs an example"),
     ]
-    print(f"\n{machine()}\n\n| what | measured | at most | |\n| --- | --- | --- | --- |")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+    print_table(*rows)
 
 
 if __name__ == "__main__":

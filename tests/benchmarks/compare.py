@@ -24,8 +24,9 @@ RUNS = {  # name: (options of the oracle, options of the input trainer, what it 
     "synthetic, oracle 24-128-128-24": (["--layers", 24, 128, 128, 24], [], "does capacity help?"),
     "synthetic, labels shown": (["--condition-on-labels"], [], "the paper's cDNI"),
 }
-# True gradients arrive undelayed and unguessed, so layer 1 can take the output half's own rate and momentum.
-TRUE = ["--learning-rate", 0.2, "--momentum", 0.9, "--decay", 20_000, "--warm-up", 0]
+# True gradients arrive undelayed and unguessed, so that both halves
+# can take the rate and the momentum of ordinary minibatch SGD.
+TRUE = ["--learning-rate", 0.2, "--momentum", 0.9, "--decay", 200_000, "--warm-up", 0]
 
 
 def run(folder, name, seed, epochs):
@@ -37,7 +38,7 @@ def run(folder, name, seed, epochs):
             run_sgd(folder, "--num-epochs", epochs, "--seed", seed)
         else:
             extra = TRUE if name == "true gradients" else []
-            output = ["--decay", 20_000] if extra else []
+            output = ["--learning-rate", 0.2] if extra else []
             run_three(folder, None, seed, oracle, output, [*input, *extra, "--num-epochs", epochs])
         (folder / "finished").touch()
     return read_metrics(folder / "progress")

@@ -63,3 +63,10 @@ def time_to(metrics, mse):
 
 def resident_megabytes(three):
     return sum(psutil.Process(process.pid).memory_info().rss for process in three.processes.values()) / 1e6
+
+
+def print_table(*rows):
+    """Rows (what, measured, at most, remark) as Markdown, under a line that says where this was measured."""
+    print(f"\n{machine()}\n\n| what | measured | at most | |\n| --- | --- | --- | --- |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")

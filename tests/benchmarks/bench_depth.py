@@ -1,0 +1,128 @@
+"""`make bench-depth`: what one update of the input half costs, decoupled and update-locked, as the output half deepens.
+
+Batch 256, width 512, a linear oracle; once with the output trainer at hand, and with 10 and 50 ms of delay before it
+answers. Then the other side: held-out MSE against seconds for both, on a deep stack. Writes images into bench_depth/.
+About nine minutes.
+"""
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from plot import STYLES, draw_curves, png, read_metrics
+from tests.benchmarks.measure import DATA, machine
+from tests.processes import DelayingProxy, Three, end, free_ports, wait_until
+
+DEPTHS, DELAYS, WIDTH = (1, 2, 4, 8, 16), (0, 10, 50), 512  # hidden layers of the output half; milliseconds
+SECONDS = 5        # of each measurement
+LEARNING = 45      # seconds of training for the curves
+DEEP = [64] * 5    # the output half's hidden layers there
+CAREFUL = ["--learning-rate", 0.01, "--batch-size", 256]
+
+
+def behind_a_proxy(folder, **options):
+    """Three processes, of which the input trainer reaches the output trainer through a proxy; and the proxy."""
+    folder.mkdir()
+    ports = free_ports(3)
+    proxy = DelayingProxy(ports[1])
+    return Three(folder, ports, proxy=proxy, **options), proxy
+
+
+def update_milliseconds(three, gradients):
+    """Milliseconds an update of the input half, over SECONDS of training; starts and ends the input trainer."""
+    three.start("input", extra=["--gradients", gradients])
+
+    def state():
+        return three.status("input") or {}
+    try:
+        wait_until(lambda: state().get("updates", 0) > 10, f"training along {gradients} gradients", 120)
+        began, before = time.monotonic(), state()["updates"]
+        while time.monotonic() - began < SECONDS:
+            time.sleep(0.1)
+        updates, seconds = state()["updates"] - before, time.monotonic() - began
+    finally:
+        end(three.processes["input"])
+    return 1e3 * seconds / updates
+
+
+def measure_updates(folder, bar):
+    """{(gradients, delay): [milliseconds at each depth]}"""
+    results = {(gradients, delay): [] for delay in DELAYS for gradients in ("synthetic", "true")}
+    for depth in DEPTHS:
+        three, proxy = behind_a_proxy(folder / f"depth{depth}", oracle=["--layers", WIDTH, WIDTH, *CAREFUL],
+                                      output=["--layers", *[WIDTH] * (depth + 1), 1, *CAREFUL],
+                                      input=[*DATA, "--layers", 2, WIDTH, *CAREFUL])
+        with three:
+            three.start("oracle", "output")
+            wait_until(lambda: (three.status("oracle") or {}).get("ready") and three.status("output"), "two processes")
+            for (gradients, delay), milliseconds in results.items():
+                proxy.delay = delay / 1e3
+                milliseconds.append(update_milliseconds(three, gradients))
+                bar.update()
+        proxy.close()
+    return results
+
+
+def measure_learning(folder, bar):
+    """{name: metrics} of both on a deep stack, with and without delay."""
+    runs = {}
+    for delay in (0, 50):
+        for gradients in ("synthetic", "true"):
+            name = f"{gradients} gradients, {delay} ms"
+            rate, momentum = (1.0, 0.0) if gradients == "synthetic" else (0.05, 0.9)
+            three, proxy = behind_a_proxy(
+                folder / name.replace(" ", "_").replace(",", ""), oracle=["--layers", 64, 64, 64],
+                output=["--layers", 64, *DEEP, 1, "--learning-rate", 0.05],
+                input=[*DATA, "--layers", 2, 64, "--gradients", gradients, "--learning-rate", rate,
+                       "--momentum", momentum, "--num-epochs", 10**6, "--snapshot-seconds", 2])
+            proxy.delay = delay / 1e3
+            with three:
+                three.start()
+                wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > LEARNING, name, 120)
+            proxy.close()
+            runs[name] = read_metrics(three.progress)
+            bar.update()
+    return runs
+
+
+def draw_updates(figure, results):
+    """Milliseconds an update against the output half's depth."""
+    axes = figure.subplots()
+    for n, ((gradients, delay), milliseconds) in enumerate(results.items()):
+        color, _ = STYLES[DELAYS.index(delay)]
+        axes.plot(DEPTHS, milliseconds, "-o" if gradients == "synthetic" else "--s", color=color,
+                  label=f"{'decoupled' if gradients == 'synthetic' else 'update-locked'}, {delay} ms of delay")
+    axes.set(xscale="log", yscale="log", xlabel="hidden layers of the output half (width 512)",
+             ylabel="one update of the input half, ms (batch 256)", xticks=DEPTHS, xticklabels=DEPTHS)
+    axes.minorticks_off()
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def main():
+    folder = Path("bench_depth")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with tqdm(total=len(DEPTHS) * len(DELAYS) * 2 + 4, unit="part") as bar:
+        results, runs = measure_updates(folder, bar), measure_learning(folder, bar)
+    (folder / "updates.png").write_bytes(png(draw_updates, results, size=(7, 4.5), dpi=110))
+    (folder / "learning.png").write_bytes(png(draw_curves, runs, size=(9, 5.5), dpi=110))
+    lines = [f"Milliseconds an update of the input half; batch 256, width {WIDTH}. {machine()}.", "",
+             "| hidden layers of the output half | " + " | ".join(map(str, DEPTHS)) + " | 16 over 1 |",
+             "| --- |" + " --- |" * (len(DEPTHS) + 1)]
+    for (gradients, delay), ms in results.items():
+        name = "decoupled" if gradients == "synthetic" else "update-locked"
+        lines.append(f"| {name}, {delay} ms of delay | " + " | ".join(f"{m:.1f}" for m in ms) + f" | {ms[-1] / ms[0]:.2f} |")
+    lines += ["", "| deep stack, 2-" + "-".join(map(str, [64, *DEEP, 1])) + f", after {LEARNING} s | held-out MSE | updates |",
+              "| --- | --- | --- |"]
+    lines += [f"| {name} | {np.median(metrics['test_mse'][-3:]):.4f} | {metrics['examples'][-1] / 100:,.0f} |"
+              for name, metrics in runs.items()]
+    table = "\n".join(lines) + "\n"
+    (folder / "table.md").write_text(table)
+    print(f"\n{table}\nwrote {folder}/table.md, {folder}/updates.png and {folder}/learning.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`make bench-growth`: memory and time per stored example, from 20,000 to 2 million, and at a width of 1024.
+
+Fills a real output trainer and a real oracle over HTTP, and watches them train over what they hold. About six minutes.
+"""
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from synthgrad import LayerClient, OracleClient, examples_per_message
+from tests.benchmarks.measure import print_table
+from tests.processes import Three, wait_until
+
+CASES = [(24, 20_000, 2_000_000), (1024, 20_000, 200_000)]  # width, fewer examples, more examples
+
+
+def resident(three, name):
+    return psutil.Process(three.processes[name].pid).memory_info().rss
+
+
+def microseconds_per_example(three, name, batch_size=100, seconds=4):
+    """Of training over what is stored, right after it has arrived (a trainer rests when nothing new comes for 10 s)."""
+    began, before = time.monotonic(), three.status(name)["updates"]
+    while time.monotonic() - began < seconds:
+        time.sleep(0.1)
+    return 1e6 * (time.monotonic() - began) / (three.status(name)["updates"] - before) / batch_size
+
+
+def fill(three, name, width, start, count):
+    """Posts examples with the indices start, start + 1, …; returns when all are stored."""
+    rng = np.random.default_rng(start)
+    rows = min(5000, examples_per_message(2 * width))
+    client = (LayerClient if name == "output" else OracleClient)(f"127.0.0.1:{three.port(name)}", timeout=60)
+    for k in range(start, count, rows):
+        i = np.arange(k, min(k + rows, count))
+        h, y = rng.random((len(i), width), "f"), rng.random(len(i), "f")
+        if name == "output":
+            client.training_examples(i, h, y)
+        else:
+            client.provide_gradients(i, h, y, 0.01 * h)
+
+
+def grow(folder, name, width, fewer, more):
+    """One of the two alone, filled in two stages: bytes per example over raw bytes, and µs per example at each."""
+    folder.mkdir()
+    with Three(folder, oracle=["--layers", width, width, "--keep", more, "--learning-rate", 1e-4],
+               output=["--layers", width, 12, 1, "--keep", more, "--learning-rate", 1e-3, "--patience", 3600]) as three:
+        three.start("oracle", "output")  # the output trainer begins when an oracle is there
+        wait_until(lambda: (three.status("oracle") or {}).get("ready") and three.status("output"), "the processes", 120)
+        sizes, times, done = [], [], 0
+        for count in (fewer, more):
+            fill(three, name, width, done, count)
+            done = count
+            times.append(microseconds_per_example(three, name))
+            sizes.append(resident(three, name))
+        raw = {"output": 8 + 4 * width + 4, "oracle": 8 * width}[name]  # i, h, y; h, g
+    return (sizes[1] - sizes[0]) / (more - fewer) / raw, times
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=2 * len(CASES), unit="part") as bar:
+        for width, fewer, more in CASES:
+            for name in ("output", "oracle"):
+                memory, (before, after) = grow(Path(temporary) / f"{name}{width}", name, width, fewer, more)
+                rows += [(f"{name}, width {width}: bytes per stored example over raw bytes", f"{memory:.2f}", "2",
+                          f"from {fewer:,} to {more:,} examples"),
+                         (f"{name}, width {width}: time per example, {more:,} over {fewer:,} stored",
+                          f"{after / before:.2f}", "1.1", f"{before:.2f} → {after:.2f} µs")]
+                bar.update()
+    print_table(*rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""`make bench-load`: 20 clients flood a running training with examples and gradients for a minute.
+
+What must hold: memory stays bounded, no thread or connection leaks, the counters add up, the oracle keeps answering.
+"""
+import argparse
+import http.client
+import json
+import tempfile
+import threading
+import time
+
+import numpy as np
+import psutil
+
+from synthgrad import OracleClient, encode
+from tests.benchmarks.measure import DATA, print_table, resident_megabytes
+from tests.processes import Three, wait_until
+
+CLIENTS, ROWS, WIDTH = 20, 1000, 24
+
+
+def flood(port, path, body, until, accepted):
+    """One client: the same message again and again; appends how many of its examples were accepted."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    while time.monotonic() < until:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200, response.status
+        accepted.append(ROWS)
+    connection.close()
+
+
+def messages():
+    """One for the output trainer and one for the oracle, of the sizes and magnitudes that a training has."""
+    rng = np.random.default_rng(0)
+    i, h = rng.integers(0, 190_000, ROWS), rng.random((ROWS, WIDTH), "f")
+    y, g = rng.normal(size=ROWS).astype("f"), 0.01 * rng.normal(size=(ROWS, WIDTH)).astype("f")
+    return json.dumps(encode(i=i, h=h, y=y)).encode(), json.dumps(encode(i=i, h=h, y=y, gradients=g)).encode()
+
+
+def resources(three):
+    processes = [psutil.Process(process.pid) for process in three.processes.values()]
+    return sum(p.num_threads() for p in processes), sum(p.num_fds() for p in processes)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="%(default)s")
+    seconds = parser.parse_args().seconds
+    examples, gradients = messages()
+    accepted = {"/training_examples": [], "/provide_gradients": []}
+    with tempfile.TemporaryDirectory() as name, Three(name, input=[*DATA, "--num-epochs", 10**6]) as three:
+        three.start()
+        wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > 5, "training to start")
+        before, megabytes, latency = resources(three), [resident_megabytes(three)], []
+        until = time.monotonic() + seconds
+        threads = [threading.Thread(target=flood, args=(three.port(who), path, body, until, accepted[path]))
+                   for who, path, body in [("output", "/training_examples", examples),
+                                           ("oracle", "/provide_gradients", gradients)] * (CLIENTS // 2)]
+        for thread in threads:
+            thread.start()
+        client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
+        h, y = np.full((100, WIDTH), 0.5, "f"), np.zeros(100, "f")
+        while time.monotonic() < until:
+            began = time.perf_counter()
+            client.estimate_gradients(h, y)
+            latency.append(1e3 * (time.perf_counter() - began))
+            if len(latency) % 20 == 0:
+                megabytes.append(resident_megabytes(three))
+            time.sleep(0.02)
+        for thread in threads:
+            thread.join(60)
+        client.connection.close()
+        time.sleep(2)
+        after, output, oracle = resources(three), three.status("output"), three.status("oracle")
+        alive = all(process.poll() is None for process in three.processes.values())
+    kept = output["examples"]
+    sums = (kept["received"] == kept["stored"] + kept["replaced"] + kept["dropped"]
+            and oracle["received"] == oracle["stored"] + oracle["dropped"]
+            and kept["received"] >= sum(accepted["/training_examples"])
+            and oracle["received"] >= sum(accepted["/provide_gradients"]))
+    rows = sum(map(sum, accepted.values()))
+    p50, p95 = np.percentile(latency, [50, 95])
+    print_table(
+        (f"examples taken from {CLIENTS} flooding clients in {seconds:.0f} s", f"{rows:,}", "–", f"{rows / seconds:,.0f}/s"),
+        ("resident memory of the three, at most", f"{max(megabytes):.0f} MB", "1200 MB", f"{megabytes[0]:.0f} MB before"),
+        ("estimate_gradients meanwhile: median, 95th percentile", f"{p50:.1f} ms, {p95:.1f} ms", "–", f"{len(latency)} questions"),
+        ("threads, open files: before → after", f"{before[0]} → {after[0]}, {before[1]} → {after[1]}", "no growth", ""),
+        ("all counters add up; all three alive", f"{sums}; {alive}", "True; True", ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""`make soak`: the default run for an hour; are resident memory and latency flat? `ARGS="--seconds 600"` for a shorter one."""
+import argparse
+import tempfile
+
+import numpy as np
+from tqdm import tqdm
+
+from tests.benchmarks.measure import DATA, print_table, resident_megabytes
+from tests.processes import Three, wait_until
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=3600, help="%(default)s")
+    seconds = parser.parse_args().seconds
+    rows = []
+    with tempfile.TemporaryDirectory() as name, Three(name, input=[*DATA, "--num-epochs", 10**6]) as three:
+        three.start()
+        with tqdm(total=seconds, unit="s") as bar:
+            while not rows or rows[-1][0] < seconds:
+                state = wait_until(lambda: (s := three.status("input")) and s["seconds"] > 10 * (len(rows) + 1) and s,
+                                   "ten more seconds of training", 120)
+                rows.append((state["seconds"], resident_megabytes(three), state["latency_ms"]["p50"],
+                             state["latency_ms"]["p95"], state["test_mse"]))
+                bar.update(round(rows[-1][0]) - bar.n)
+        counters = {name: three.status(name) for name in three.processes}
+    rows = np.array(rows)
+    quarter = len(rows) // 4
+    first, last = np.median(rows[:quarter], axis=0), np.median(rows[-quarter:], axis=0)
+    print_table(*((what, f"{last[n]:.{digits}f}", "–", f"{first[n]:.{digits}f} in the first quarter")
+                  for n, what, digits in ((1, f"resident memory of the three, MB, last quarter of {seconds} s", 0),
+                                          (2, "estimate_gradients, median, ms", 2),
+                                          (3, "estimate_gradients, 95th percentile, ms", 2),
+                                          (4, "held-out MSE", 4))),
+                ("examples dropped by the senders", str(counters["input"]["examples_sent"]["dropped"]
+                                                        + counters["output"]["gradients"]["dropped"]), "–", ""))
+
+
+if __name__ == "__main__":
+    main()

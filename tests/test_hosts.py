@@ -1,0 +1,70 @@
+"""The three processes on three hosts: network namespaces on one bridge, each with an address of its own."""
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from sgd import read_snapshot, snapshots
+from tests.processes import end, start, wait_until
+
+ADDRESSES = {"oracle": "10.93.0.1", "output": "10.93.0.2", "input": "10.93.0.3"}
+
+
+def ip(*words):
+    """`ip WORDS`; skips the test where this isn't permitted."""
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs network namespaces: ip {' '.join(words)}: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def hosts():
+    """Namespaces named after the processes, {process: namespace}, joined by a bridge in a namespace of its own."""
+    if not shutil.which("ip"):
+        pytest.skip("needs ip, from the package iproute2")
+    names = {who: f"sg-{who}-{os.getpid()}" for who in ADDRESSES}
+    switch = f"sg-switch-{os.getpid()}"
+    try:
+        ip("netns", "add", switch)
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for who, name in names.items():
+            ip("netns", "add", name)
+            ip("-n", switch, "link", "add", who, "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("-n", switch, "link", "set", who, "master", "bridge", "up")
+            ip("-n", name, "address", "add", f"{ADDRESSES[who]}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in (*names.values(), switch):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.parametrize("netem", [[], ["delay", "20ms", "loss", "1%"]], ids=["near", "20 ms and 1% loss"])
+def test_three_hosts_train_one_network(hosts, netem, tmp_path, small_data):
+    for name in hosts.values() if netem else ():
+        done = subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", "netem", *netem],
+                              capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"needs the kernel's netem: {done.stderr.strip()}")
+    (tmp_path / "token").write_text("a secret\n")
+    oracle, output = (["--oracle-server", f"{ADDRESSES['oracle']}:5001"],
+                      ["--output-server", f"{ADDRESSES['output']}:5002"])
+    commands = {"oracle": ["oracle.py"], "output": ["train_output.py", *oracle],
+                "input": ["train_input.py", *small_data, *oracle, *output, "--num-epochs", 50, "--progress-dir",
+                          tmp_path / "progress"]}
+    processes = {}
+    try:
+        for who, command in commands.items():
+            processes[who] = start(*command, "--host", ADDRESSES[who], "--token-file", tmp_path / "token",
+                                   log=tmp_path / who, prefix=["ip", "netns", "exec", hosts[who]])
+        wait_until(lambda: processes["input"].poll() is not None, "the run on three hosts to end", 240)
+        assert processes["input"].returncode == 0, (tmp_path / "input").read_text()
+    finally:
+        codes = [end(process, signal.SIGTERM) for process in processes.values()]
+    assert codes == [0, 0, 0]
+    _, row = read_snapshot(snapshots(tmp_path / "progress")[-1])
+    assert row["examples"] == 50 * 3800 and row["test_mse"] < 0.15
