@@ -41,7 +41,8 @@ import numpy as np
 import waitress
 from werkzeug.exceptions import HTTPException
 
-MAX_BODY = 16 * 2**20   # bytes in a request or an answer
+MAX_BODY = 2**27        # bytes in a request or an answer: the weights of a deep half must fit
+MAX_EXAMPLES = 2**24    # bytes in a message of examples: what senders throw together
 MAX_INDEX = 2**31       # an example's index is below this
 POST_INTERVAL = 0.004   # seconds
 MAX_MAGNITUDE = 1e6     # activations and gradients are small numbers; larger ones would only overflow later
@@ -267,7 +268,7 @@ class LayerClient(Client):
 
 def examples_per_message(width):
     """How many examples of `width` floats fit: base64 takes 16/3 bytes for a float, i and y as much as 3 floats."""
-    return MAX_BODY // (6 * (width + 4))
+    return MAX_EXAMPLES // (6 * (width + 4))
 
 
 def newest_rows(i):
@@ -521,7 +522,9 @@ def run(main, parser):
         parser.error("--learning-rate must be positive, --port from 1 to 65535")
     most = examples_per_message(2 * max(args.layers[0], args.layers[-1]))
     if args.batch_size > most:
-        parser.error(f"--batch-size must be at most {most}: a minibatch must fit into a message of {MAX_BODY >> 20} MiB")
+        parser.error(f"--batch-size must be at most {most}: a minibatch must fit into {MAX_EXAMPLES >> 20} MiB")
+    if 6 * sum(n * m for n, m in zip(args.layers, args.layers[1:])) > MAX_BODY:
+        parser.error(f"--layers {args.layers}: the weights must fit into a message of {MAX_BODY >> 20} MiB")
     stop = Stop()
     sys.setswitchinterval(0.0005)  # threads hand Python's lock on after 0.5 ms, not after 5: others wait for an answer
     try:

@@ -54,17 +54,17 @@ def test_three_hosts_train_one_network(hosts, netem, tmp_path, small_data):
     oracle, output = (["--oracle-server", f"{ADDRESSES['oracle']}:5001"],
                       ["--output-server", f"{ADDRESSES['output']}:5002"])
     commands = {"oracle": ["oracle.py"], "output": ["train_output.py", *oracle],
-                "input": ["train_input.py", *small_data, *oracle, *output, "--num-epochs", 50, "--progress-dir",
+                "input": ["train_input.py", *small_data, *oracle, *output, "--num-epochs", 100, "--progress-dir",
                           tmp_path / "progress"]}
     processes = {}
     try:
         for who, command in commands.items():
             processes[who] = start(*command, "--host", ADDRESSES[who], "--token-file", tmp_path / "token",
                                    log=tmp_path / who, prefix=["ip", "netns", "exec", hosts[who]])
-        wait_until(lambda: processes["input"].poll() is not None, "the run on three hosts to end", 240)
+        wait_until(lambda: processes["input"].poll() is not None, "the run on three hosts to end", 400)
         assert processes["input"].returncode == 0, (tmp_path / "input").read_text()
     finally:
         codes = [end(process, signal.SIGTERM) for process in processes.values()]
     assert codes == [0, 0, 0]
     _, row = read_snapshot(snapshots(tmp_path / "progress")[-1])
-    assert row["examples"] == 50 * 3800 and row["test_mse"] < 0.15
+    assert row["examples"] == 100 * 3800 and row["test_mse"] < 0.15

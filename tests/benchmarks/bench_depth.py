@@ -53,7 +53,7 @@ def measure_updates(folder, bar):
     for depth in DEPTHS:
         three, proxy = behind_a_proxy(folder / f"depth{depth}", oracle=["--layers", WIDTH, WIDTH, *CAREFUL],
                                       output=["--layers", *[WIDTH] * (depth + 1), 1, *CAREFUL],
-                                      input=[*DATA, "--layers", 2, WIDTH, *CAREFUL])
+                                      input=[*DATA, "--layers", 2, WIDTH, *CAREFUL, "--snapshot-seconds", 10**6])
         with three:
             three.start("oracle", "output")
             wait_until(lambda: (three.status("oracle") or {}).get("ready") and three.status("output"), "two processes")
