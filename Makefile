@@ -1,5 +1,5 @@
 # make run | test | sgd | plots | clean
-# make bench | bench-long | bench-depth | bench-growth | bench-load | bench-crashes | compare | soak
+# make bench | bench-long | bench-depth | bench-growth | bench-load | bench-crashes | bench-page | compare | soak
 # ARGS=--help shows a benchmark's options. EPOCHS=20 sets the length of a run, VENV=dir puts the virtual environment elsewhere.
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ sgd: x.npy
 plots: $(VENV)/ready
 	$(BIN)/python plot.py
 
-BENCHES = bench bench-long bench-depth bench-growth bench-load bench-crashes compare soak
+BENCHES = bench bench-long bench-depth bench-growth bench-load bench-crashes bench-page compare soak
 $(BENCHES): x.npy
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 

@@ -9,6 +9,7 @@ gradients age as the network learns, and trains over them in a loop, minimising 
 train_input.py asks it for ĝ(h) and waits: that question is the critical path of the whole system.
 """
 import contextlib
+import ctypes
 import os
 import threading
 import time
@@ -38,26 +39,25 @@ class NewestExamples:
     """The newest `capacity` examples; the oldest are dropped. Server threads write, the training loop reads: both
     hold the lock, for as long as it takes to copy a few rows, so that nobody waits for a training step."""
 
-    def __init__(self, capacity, input_dim, output_dim):
-        self.h, self.g = np.empty((capacity, input_dim), np.float32), np.empty((capacity, output_dim), np.float32)
+    def __init__(self, capacity, width):
+        self.rows = np.empty((capacity, width), np.float32)  # h and g side by side: one gather fetches both
         self.received = self.stored = self.dropped = 0
         self.lock = threading.Lock()
 
     def add(self, h, g):
-        """h (batch, input_dim), g (batch, output_dim)."""
-        capacity = len(self.h)
+        """h (batch, input_dim), g (batch, output_dim), together as wide as a row."""
+        capacity = len(self.rows)
         with self.lock:
             slots = np.arange(self.received, self.received + len(h))[-capacity:] % capacity
-            self.h[slots], self.g[slots] = h[-capacity:], g[-capacity:]
+            self.rows[slots] = np.column_stack([h[-capacity:], g[-capacity:]])
             self.received += len(h)
             self.stored = min(self.received, capacity)
             self.dropped = self.received - self.stored
 
     def minibatches(self, shape, rng):
-        """Examples drawn at random with replacement: h (*shape, input_dim), g (*shape, output_dim)."""
+        """Examples drawn at random with replacement: (*shape, input_dim + output_dim)."""
         with self.lock:
-            rows = rng.integers(self.stored, size=shape)
-            return self.h[rows], self.g[rows]
+            return self.rows[rng.integers(self.stored, size=shape)]
 
 
 class Oracle:
@@ -84,7 +84,8 @@ class Oracle:
         optimizer.build(model.trainable_variables)
 
         @tf.function(jit_compile=True)  # one call without Python's lock, so that the threads that answer are never starved
-        def train(h, g):
+        def train(examples):
+            h, g = tf.split(examples, (dims[0], dims[-1]), -1)
             mean, deviation = tf.reduce_mean(h, (0, 1)), tf.math.reduce_std(h, (0, 1)) + 1e-3
             scale = tf.sqrt(tf.reduce_mean(tf.square(g))) + 1e-12
             h, g = (h - mean) / deviation, g / scale
@@ -99,9 +100,11 @@ class Oracle:
             return total / STEPS, scale, mean, deviation, *(weight.value for weight in model.trainable_variables)
 
         self.model, self.batch_size, self.updates = model, batch_size, 0
-        nothing = [tf.zeros((STEPS, batch_size, dim)) for dim in (dims[0], dims[-1])]
-        self._tensor, self._train = tf.constant, train.get_concrete_function(*nothing)
-        self._train(*nothing)  # compiles; learns nothing from zero gradients
+        nothing = tf.zeros((STEPS, batch_size, dims[0] + dims[-1]))
+        self._tensor, self._train = tf.constant, train.get_concrete_function(nothing)
+        self._train(nothing)  # compiles; learns nothing from zero gradients
+        with contextlib.suppress(OSError, AttributeError):  # where there is glibc: what the compiler used, 50 MB
+            ctypes.CDLL(None).malloc_trim(0)
         self._publish(np.float32(0), np.zeros(dims[0], np.float32), np.ones(dims[0], np.float32), *model.get_weights())
 
     def _publish(self, scale, mean, deviation, *weights):
@@ -122,8 +125,8 @@ class Oracle:
 
     def train(self, examples, rng):
         """STEPS minibatches; returns the loss as a fraction: 0 is a perfect guess, 1 no better than zeros."""
-        h, g = examples.minibatches((STEPS, self.batch_size), rng)
-        loss, *results = (result.numpy() for result in self._train(self._tensor(h), self._tensor(g)))
+        minibatches = self._tensor(examples.minibatches((STEPS, self.batch_size), rng))
+        loss, *results = (result.numpy() for result in self._train(minibatches))
         if not np.isfinite(loss):
             raise FloatingPointError("the oracle diverged; try a lower --learning-rate")
         self._publish(*results)
@@ -135,7 +138,7 @@ def main(args, stop):
     dims = [args.layers[0] + args.condition_on_labels, *args.layers[1:]]
     if args.layers[0] != args.layers[-1]:
         raise ValueError(f"--layers {args.layers}: the first and the last must be equal, the width of h and of dL/dh")
-    examples = NewestExamples(args.keep, dims[0], dims[-1])
+    examples = NewestExamples(args.keep, dims[0] + dims[-1])
     oracle, loss, answered, withheld, fresh_until = None, None, 0, 0, 0
 
     def model_input(h, y):

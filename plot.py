@@ -135,7 +135,7 @@ class LivePictures:
                 if not self.process or self.process.poll() is not None:
                     self.process = subprocess.Popen([sys.executable, __file__, "--live", self.folder],
                                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                    start_new_session=True)  # Ctrl-C is for the trainer
+                                                    process_group=0)  # Ctrl-C is for the trainer
                 try:
                     self.process.stdin.write(kind.encode() + b"\n")
                     self.process.stdin.flush()

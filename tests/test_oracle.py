@@ -12,7 +12,7 @@ def test_the_answer_is_the_keras_models_own():
     rng = np.random.default_rng(0)
     h, g = rng.random((5000, 24), "f"), rng.normal(size=(5000, 24)).astype("f")
     assert not oracle.guess(h).any()
-    examples = NewestExamples(5000, 24, 24)
+    examples = NewestExamples(5000, 48)
     examples.add(h, g)
     oracle.train(examples, rng)
     scale, mean, deviation, _ = oracle.published
@@ -22,11 +22,12 @@ def test_the_answer_is_the_keras_models_own():
 
 
 def test_the_newest_examples_are_kept():
-    examples = NewestExamples(10, 1, 1)
+    examples = NewestExamples(10, 2)
     for start in (0, 7, 14):
         column = np.arange(start, start + 7, dtype="f")[:, None]
         examples.add(column, -column)
-    assert sorted(examples.h[:, 0]) == list(range(11, 21)) and (examples.h == -examples.g).all()
+    h, g = examples.rows.T
+    assert sorted(h) == list(range(11, 21)) and (h == -g).all()
     assert (examples.received, examples.stored, examples.dropped) == (21, 10, 11)
     examples.add(np.zeros((25, 1), "f"), np.zeros((25, 1), "f"))
     assert (examples.received, examples.stored, examples.dropped) == (46, 10, 36)

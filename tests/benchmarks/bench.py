@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -105,30 +104,6 @@ def echo_times(count=1500):
     return times
 
 
-def page_cost(folder, windows=4, seconds=15):
-    """The share of throughput that the live page costs: windows without and with a viewer take turns in one run.
-
-    The viewer asks what the page's script asks, as often, but draws nothing itself.
-    """
-    rates = {False: [], True: []}
-    with Three(folder, input=[*DATA, "--num-epochs", 10**6]) as three:
-        three.start()
-        wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > 8, "training to start")
-        address, seen = f"http://127.0.0.1:{three.port('input')}", None
-        for looking in [False, True] * windows:
-            began, before = time.monotonic(), three.status("input")["examples"]
-            while time.monotonic() - began < seconds:
-                if looking:
-                    version = json.load(urllib.request.urlopen(f"{address}/live"))["version"]
-                    if version != seen:
-                        seen = version
-                        for kind in ("surface", "curves"):
-                            urllib.request.urlopen(f"{address}/{kind}.png?version={version}").read()
-                time.sleep(2)
-            rates[looking].append((three.status("input")["examples"] - before) / (time.monotonic() - began))
-    return 1 - np.median(rates[True]) / np.median(rates[False])
-
-
 def ready_seconds(folder):
     began = time.monotonic()
     with Three(folder, input=DATA) as three:
@@ -152,9 +127,8 @@ def main():
 
     with tempfile.TemporaryDirectory() as name, tqdm(total=2 + 4 * args.seeds, desc="bench", unit="part") as bar:
         folder = Path(name)
-        for part in ("ready", "page"):
-            (folder / part).mkdir()
-        ready, page = ready_seconds(folder / "ready"), page_cost(folder / "page")
+        (folder / "ready").mkdir()
+        ready = ready_seconds(folder / "ready")
         bar.update()
         pairs = [(layered_loop(), bare_loop()) for _ in range(5)]
         layered, bare = np.min(pairs, axis=0)
@@ -193,7 +167,6 @@ def main():
         ("examples/s at batch 100", f"{np.median(rates):,.0f}", "40,000", ""),
         ("all three processes ready", f"{ready:.1f} s", "12 s", ""),
         ("resident memory of the three, at most", f"{max(memory):.0f} MB", "900 MB", ""),
-        ("throughput that the live page costs while one looks", f"{page:.0%}", "5%", ""),
         ("an epoch of sgd.py over a bare NumPy loop", f"{layered / bare:.2f}", "1.15",
          f"{layered * 1e6:.1f} µs against {bare * 1e6:.1f} µs an example"),
     ]
