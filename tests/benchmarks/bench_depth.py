@@ -2,7 +2,7 @@
 
 Batch 256, width 512, a linear oracle; once with the output trainer at hand, and with 10 and 50 ms of delay before it
 answers. Then the other side: held-out MSE against seconds for both, on a deep stack. Writes images into bench_depth/.
-About nine minutes.
+About eight minutes.
 """
 import shutil
 import time
@@ -17,7 +17,7 @@ from tests.processes import DelayingProxy, Three, end, free_ports, wait_until
 
 DEPTHS, DELAYS, WIDTH = (1, 2, 4, 8, 16), (0, 10, 50), 512  # hidden layers of the output half; milliseconds
 SECONDS = 5        # of each measurement
-LEARNING = 45      # seconds of training for the curves
+LEARNING = 30      # seconds of training for the curves
 DEEP = [64] * 5    # the output half's hidden layers there
 CAREFUL = ["--learning-rate", 0.01, "--batch-size", 256]
 
