@@ -362,7 +362,7 @@ def read(**widths):
 def make_app(process, status, token=None):
     """A Flask app that answers every error as JSON, and GET /status with what status() returns: a dict."""
     app, instance = flask.Flask(process, static_folder=None), secrets.token_hex(8)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["MAX_CONTENT_LENGTH"], app.json.sort_keys = MAX_BODY, False  # the page shows rows in our order
 
     @app.before_request
     def check():
