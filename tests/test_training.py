@@ -67,7 +67,6 @@ def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_pat
         reached[gradients] = np.median([float(row["test_mse"]) for row in rows(three)[-3:]])
         assert len(snapshots(three.progress)) == len(rows(three))
     assert reached["synthetic"] < 0.8 * reached["zero"], reached
-    print(reached)
 
 
 def test_counters_add_up_and_ctrl_c_writes_a_last_snapshot(tmp_path, small_data):
