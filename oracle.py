@@ -57,7 +57,7 @@ class NewestExamples:
     def minibatches(self, shape, rng):
         """Examples drawn at random with replacement: (*shape, input_dim + output_dim)."""
         with self.lock:
-            return self.rows[rng.integers(self.stored, size=shape)]
+            return self.rows.take(rng.integers(self.stored, size=shape), axis=0, mode="clip")  # twice as fast as [...]
 
 
 class Oracle:

@@ -29,6 +29,7 @@ STYLES = [(color, line) for line in ("-", "--", ":") for color in
 AXIS = np.linspace(-1, 1, 121, dtype=np.float32)
 GRID = np.stack(np.meshgrid(AXIS, AXIS), axis=-1)  # (121, 121, 2)
 LEVELS = np.linspace(-1, 1, 21)
+LIVE_SIZES = {"surface": (8, 3.6), "curves": (8, 4.5), "surface-tall": (4, 6.6), "curves-tall": (4, 8)}  # inches
 
 
 def read_metrics(folder):
@@ -44,35 +45,44 @@ def read_metrics(folder):
     return {column: np.array([number(row[column]) for row in rows]) for column in (rows[0] if rows else ())}
 
 
+def is_tall(figure):
+    """Figures that are higher than wide are for phones: everything on them in one column."""
+    return figure.get_figheight() > figure.get_figwidth()
+
+
 def draw_surface(figure, layers, row):
-    """The learned surface beside the target, on the same colour scale. Draws on an empty figure."""
-    axes = figure.subplots(1, 2, sharey=True)
+    """The learned surface beside the target, on the same colour scale; above it on a figure that is tall."""
+    axes = figure.subplots(*((2, 1) if is_tall(figure) else (1, 2)), sharex=True, sharey=True)
     learned = feed_forward(layers, GRID.reshape(-1, 2)).reshape(GRID.shape[:2])
     name = f"learned: {row['examples'] / 1e6:.2f} million examples, {row['seconds']:.0f} s, MSE {row['test_mse']:.4f}"
     for ax, z, title in zip(axes, (learned, target(GRID)), (name, "target")):
         contours = ax.contourf(AXIS, AXIS, z, levels=LEVELS, cmap="cividis", extend="both")
-        ax.set(xlabel="$x_1$", aspect="equal")
+        ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
         ax.set_title(title, fontsize=8)
-    axes[0].set_ylabel("$x_2$")
+        ax.label_outer()
     figure.colorbar(contours, ax=axes, label="z", ticks=LEVELS[::5])
 
 
 def draw_curves(figure, runs):
     """Held-out MSE against seconds and against examples, and the gradient cosine below. runs: name -> metrics."""
     from matplotlib.ticker import LogLocator
-    axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[3, 2])
+    if is_tall(figure):
+        axes = figure.subplots(4, 1, height_ratios=[3, 2, 3, 2]).reshape(2, 2).T
+    else:
+        axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[3, 2])
     for (name, metrics), (color, line) in zip(runs.items(), STYLES * len(runs)):
         for column, x, scale in ((0, "seconds", 1), (1, "examples", 1e6)):
             for ax, y in ((axes[0, column], "test_mse"), (axes[1, column], "gradient_cosine")):
                 if np.isfinite(metrics.get(y, np.nan)).any():
                     ax.plot(metrics[x] / scale, metrics[y], line, color=color, label=name, linewidth=1.5)
-    axes[0, 0].set(ylabel="held-out MSE", yscale="log")
-    axes[0, 0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}", minor_formatter="")
-    axes[1, 0].set(ylabel="cosine of synthetic and\ntrue gradients", ylim=(-0.3, 1))
-    axes[1, 0].set_xlabel("seconds of training")
-    axes[1, 1].set_xlabel("millions of examples that layer 1 has seen")
-    for ax in axes.flat:
-        ax.grid(True, which="both", alpha=0.25)
+    for error, cosine, label in zip(*axes, ("seconds of training", "millions of examples that layer 1 has seen")):
+        error.set(ylabel="held-out MSE", yscale="log")
+        error.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}", minor_formatter="")
+        cosine.set(xlabel=label, ylabel="cosine of synthetic and\ntrue gradients", ylim=(-0.3, 1))
+        for ax in (error, cosine):
+            ax.grid(True, which="both", alpha=0.25)
+            if not is_tall(figure):
+                ax.label_outer()
     axes[0, 1].legend(fontsize=8)
 
 
@@ -129,7 +139,7 @@ class LivePictures:
         self.folder, self.process, self.lock, self.drawn = folder, None, threading.Lock(), {}
 
     def get(self, kind, version):
-        """The PNG bytes of "surface" or "curves", drawn once a version; None if the drawing process died."""
+        """The PNG bytes of one of LIVE_SIZES, drawn once a version; None if the drawing process died."""
         with self.lock:
             if self.drawn.get(kind, (None,))[0] != version:
                 if not self.process or self.process.poll() is not None:
@@ -152,12 +162,13 @@ def live(folder):
         os.nice(10)
     for line in sys.stdin:
         try:
-            if line.strip() == "curves":
-                picture = png(draw_curves, {"this run": read_metrics(folder)}, size=(8, 4.5))
+            size = LIVE_SIZES[line.strip()]
+            if line.startswith("curves"):
+                picture = png(draw_curves, {"this run": read_metrics(folder)}, size=size)
             else:
                 layers, row = read_snapshot(snapshots(folder)[-1])
                 problem = surface_problem(layers)
-                picture = png(say, problem) if problem else png(draw_surface, layers, row)
+                picture = png(say, problem, size=size) if problem else png(draw_surface, layers, row, size=size)
         except (ValueError, OSError, IndexError) as error:
             picture = png(say, f"nothing to draw yet ({error})")
         sys.stdout.buffer.write(struct.pack("<I", len(picture)) + picture)

@@ -45,6 +45,7 @@ MAX_BODY = 2**27        # bytes in a request or an answer: the weights of a deep
 MAX_EXAMPLES = 2**24    # bytes in a message of examples: what senders throw together
 MAX_INDEX = 2**31       # an example's index is below this
 POST_INTERVAL = 0.004   # seconds
+DTYPE_NAMES = {np.dtype(name): name for name in ("float32", "float64", "int32", "int64")}
 MAX_MAGNITUDE = 1e6     # activations and gradients are small numbers; larger ones would only overflow later
 
 
@@ -70,19 +71,19 @@ def ndarray_to_json(array):
     """An array of any shape -> a dict that json.dumps takes."""
     array = np.asarray(array)
     little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return {"shape": list(array.shape), "dtype": array.dtype.name,
+    return {"shape": list(array.shape), "dtype": DTYPE_NAMES[array.dtype.newbyteorder("=")],
             "base64": base64.b64encode(little_endian).decode("ascii")}
 
 
 def json_to_ndarray(message, dtype=None, shape=None, name="array"):
     """The inverse, for both encodings. In `shape`, None stands for any length. Raises Refused, naming `name`."""
     try:
-        dims, given = message["shape"], message.get("dtype", np.dtype(dtype or "float32").name)
+        dims, given = message["shape"], message.get("dtype", dtype or "float32")
         if any(type(n) is not int or not 0 <= n < 2**31 for n in dims) or len(dims) > 8:
             raise ValueError(f"bad shape {dims}")
         if shape is not None and (len(dims) != len(shape) or any(n not in (None, m) for n, m in zip(shape, dims))):
             raise ValueError(f"shape {dims} does not fit")
-        if given not in ("float32", "float64", "int32", "int64") or dtype and given != np.dtype(dtype).name:
+        if given not in DTYPE_NAMES.values() or dtype and given != dtype:
             raise ValueError(f"bad dtype {given}")
         if message.keys() == {"shape", "dtype", "base64"}:
             data = bytearray(binascii.a2b_base64(message["base64"], strict_mode=True))
@@ -98,7 +99,7 @@ def json_to_ndarray(message, dtype=None, shape=None, name="array"):
         return flat.reshape(dims)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         wanted = f"of shape {[n if n is not None else 'any' for n in shape]}" if shape is not None else ""
-        raise Refused(f"{name}: {str(error)[:120]}; expected {np.dtype(dtype).name if dtype else 'numbers'} {wanted} "
+        raise Refused(f"{name}: {str(error)[:120]}; expected {dtype or 'numbers'} {wanted} "
                       'as {"shape", "dtype", "base64"} or {"shape", "values"}') from None
 
 
@@ -112,7 +113,7 @@ def decode(message, **widths):
         raise Refused(f"expected an object with exactly the fields {', '.join(widths)}; got {str(got)[:200]}")
     arrays, rows = [], None
     for name, width in widths.items():
-        array = json_to_ndarray(message[name], np.int64 if name == "i" else np.float32, (rows, *width), name)
+        array = json_to_ndarray(message[name], "int64" if name == "i" else "float32", (rows, *width), name)
         rows = len(array)
         low, high = (0, MAX_INDEX - 1) if name == "i" else (-MAX_MAGNITUDE, MAX_MAGNITUDE)
         if not rows or not (array.min() >= low and array.max() <= high):  # NaN fails both comparisons
@@ -147,8 +148,8 @@ def decode_weights(message, dims):
     for n, (layer, shape) in enumerate(zip(layers, zip(dims, dims[1:]))):
         if not isinstance(layer, dict) or layer.keys() != {"w", "b"}:
             raise Refused(f"layers[{n}]: expected an object of w and b")
-        weights.append((json_to_ndarray(layer["w"], np.float32, shape, f"layers[{n}].w"),
-                        json_to_ndarray(layer["b"], np.float32, shape[1:], f"layers[{n}].b")))
+        weights.append((json_to_ndarray(layer["w"], "float32", shape, f"layers[{n}].w"),
+                        json_to_ndarray(layer["b"], "float32", shape[1:], f"layers[{n}].b")))
         if not all(np.isfinite(array).all() for array in weights[-1]):
             raise Refused(f"layers[{n}]: expected finite numbers")
     return weights, updates
@@ -215,7 +216,7 @@ class Client:
     def _gradients(self, path, h, y):
         answer = self.call("POST", path, encode(h=h, y=y))
         try:
-            gradients = json_to_ndarray(answer.get("gradients"), np.float32, h.shape, "gradients")
+            gradients = json_to_ndarray(answer.get("gradients"), "float32", h.shape, "gradients")
         except Refused as error:
             raise NoAnswer(f"{self.url}{path}: {error}") from None
         if not np.isfinite(gradients).all():
@@ -367,9 +368,10 @@ def make_app(process, status, token=None):
     @app.before_request
     def check():
         request = flask.request
-        given = request.authorization and (request.authorization.token or request.authorization.password)
-        if token and not hmac.compare_digest(token.encode(), (given or "").encode()):
-            raise Refused("expected the header Authorization: Bearer TOKEN, with the token of --token-file", 401)
+        if token:
+            given = request.authorization and (request.authorization.token or request.authorization.password)
+            if not hmac.compare_digest(token.encode(), (given or "").encode()):
+                raise Refused("expected the header Authorization: Bearer TOKEN, with the token of --token-file", 401)
         if request.headers.get("If-Match", instance) != instance:
             raise Refused(f"this {process} was started anew; its instance is {instance}", 412)
         if request.method in ("POST", "PUT") and request.mimetype != "application/json":
@@ -396,7 +398,8 @@ def make_app(process, status, token=None):
 def serve(app, host, port, token=None):
     """Answer requests in threads of their own until the process ends. OSError when the port is taken."""
     try:
-        server = waitress.create_server(app, host=host, port=port, threads=4, max_request_body_size=2 * MAX_BODY)
+        server = waitress.create_server(app, host=host, port=port, threads=4, ident=None,
+                                        max_request_body_size=2 * MAX_BODY)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; --port chooses another port") from None
     if not token and host not in ("127.0.0.1", "localhost", "::1"):

@@ -153,9 +153,9 @@ class Run:
         return float(np.mean(np.sum(g * guess, axis=1) / np.maximum(norms, 1e-20)))
 
     def status(self):
-        return {"layers": self.args.layers, "gradients": self.args.gradients, "updates": self.updates,
+        return {**{name: value if np.isfinite(value) else None for name, value in self.row.items()},  # the snapshot's,
+                "layers": self.args.layers, "gradients": self.args.gradients, "updates": self.updates,  # then today's
                 "examples": self.examples, "seconds": self.seconds, "state": self.state,
-                **{name: value if np.isfinite(value) else None for name, value in self.row.items()},
                 "examples_sent": self.sender.counters() if self.sender else {},
                 "latency_ms": {f"p{p}": float(np.percentile(list(self.latencies) or [0], p)) * 1e3 for p in (50, 95)}}
 
@@ -177,9 +177,9 @@ def add_page(app, run):
     def page():
         return flask.send_file(Path(__file__).with_name("page.html"))
 
-    @app.get("/<any(surface, curves):kind>.png")
+    @app.get("/<kind>.png")
     def picture(kind):
-        drawn = pictures.get(kind, run.version)
+        drawn = pictures.get(kind, run.version) if kind in plot.LIVE_SIZES else flask.abort(404)
         if drawn is None:
             raise synthgrad.Refused("the picture could not be drawn", 503)
         return drawn, {"Content-Type": "image/png", "Cache-Control": "no-store"}

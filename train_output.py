@@ -23,12 +23,12 @@ def train(half, examples, inbox, throw, batch_size, rng, stop):
         inbox.work(wait=idle)                  # new activations come in
         if idle:
             continue
-        i, h, y, just_arrived = examples.minibatch(batch_size, rng)
+        i, h, y = examples.minibatch(batch_size, rng)
         y_hat = feed_forward(half.layers, h)
         error = y_hat - y[:, None]             # dL/dŷ of L = ½ (ŷ − y)²
         g = backprop(half.layers, error)       # dL/dh, per example
         half.descend(error)
-        if just_arrived:
+        if i is not None:                      # they have just arrived
             throw(i, h, y, g)                  # fire and forget
 
 
@@ -70,29 +70,28 @@ class OutputHalf:
 class NewestPerIndex:
     """The partial training set: the newest (h, y) per index i, in arrays that only the training loop touches.
 
-    Bounded to `capacity` examples: index i lives in slot i % capacity. What arrives for an occupied slot replaces
+    Bounded to `capacity` examples: index i has the slot i % capacity. What arrives for an occupied slot replaces
     what is there; if that had another index, it counts as dropped. received = stored + replaced + dropped.
     """
 
     def __init__(self, capacity, width):
-        self.owner = np.zeros(capacity, np.int64)  # index + 1, 0 for an empty slot; zeros take no memory until used
-        self.h, self.y = np.empty((capacity, width), np.float32), np.empty(capacity, np.float32)
-        self.filled = np.empty(capacity, np.int32)  # the first `stored` entries: the slots in use
+        self.owner = np.zeros(capacity, np.int64)  # by slot: index + 1, 0 for empty; zeros take no memory until used
+        self.row = np.empty(capacity, np.int32)    # by slot: where in `rows` its example is
+        self.rows = np.empty((capacity, width + 1), np.float32)  # h and y side by side; the first `stored` are in use
         self.just_arrived = collections.deque(maxlen=20)  # minibatches not yet trained on; a flood pushes the oldest out
         self.received = self.stored = self.replaced = self.dropped = 0
 
     def add(self, i, h, y):
         """i (batch,), h (batch, width), y (batch,): later rows are newer."""
-        newest = synthgrad.newest_rows(i % len(self.y))
-        slots = i[newest] % len(self.y)
+        newest = synthgrad.newest_rows(i % len(self.owner))
+        slots = i[newest] % len(self.owner)
         before = self.owner[slots]
         fresh = slots[before == 0]
-        self.filled[self.stored:self.stored + len(fresh)] = fresh
-        replaced = int(np.count_nonzero(before == i[newest] + 1)) + len(i) - len(np.unique(i))
-        self.owner[slots], self.h[slots], self.y[slots] = i[newest] + 1, h[newest], y[newest]
+        self.row[fresh] = np.arange(self.stored, self.stored + len(fresh))
+        self.replaced += int(np.count_nonzero(before == i[newest] + 1)) + len(i) - len(np.unique(i))
+        self.owner[slots], self.rows[self.row[slots]] = i[newest] + 1, np.column_stack([h[newest], y[newest]])
         self.received += len(i)
         self.stored += len(fresh)
-        self.replaced += replaced
         self.dropped = self.received - self.stored - self.replaced
         for k in range(0, len(i), 500):
             self.just_arrived.append(tuple(array[k:k + 500].copy() for array in (i, h, y)))
@@ -101,11 +100,11 @@ class NewestPerIndex:
         return {name: getattr(self, name) for name in ("received", "stored", "replaced", "dropped")}
 
     def minibatch(self, batch_size, rng):
-        """i, h, y and whether they have just arrived; if nothing has, they are drawn at random, with replacement."""
+        """i, h, y of what has just arrived; if nothing has, None, h, y drawn at random, with replacement."""
         if self.just_arrived:
-            return *self.just_arrived.popleft(), True
-        slots = self.filled[rng.integers(self.stored, size=batch_size)]
-        return self.owner[slots] - 1, self.h[slots], self.y[slots], False
+            return self.just_arrived.popleft()
+        rows = self.rows.take(rng.integers(self.stored, size=batch_size), axis=0, mode="clip")  # twice as fast as [...]
+        return None, rows[:, :-1], rows[:, -1]
 
 
 def main(args, stop):

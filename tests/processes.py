@@ -15,6 +15,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+from plot import read_metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 60  # seconds that anything here is waited for
 
@@ -136,6 +138,11 @@ class Three:
     def status(self, name):
         return status(self.port(name))
 
+    def metrics(self, column):
+        """A column of the run's metrics.csv, one float per snapshot; empty before there are any."""
+        written = (self.progress / "metrics.csv").exists() and read_metrics(self.progress)
+        return written[column] if written else []
+
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
 
@@ -148,6 +155,12 @@ class Three:
             return self.processes["input"].poll() is not None
         wait_until(ended, "the input trainer to end", timeout)
         return self.processes["input"].returncode
+
+    def updates_per_second(self, name, seconds):
+        """How fast `name` trains, seen from outside, over the next `seconds`."""
+        began, before = time.monotonic(), self.status(name)["updates"]
+        time.sleep(seconds)
+        return (self.status(name)["updates"] - before) / (time.monotonic() - began)
 
     def __enter__(self):
         return self

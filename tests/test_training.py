@@ -1,5 +1,4 @@
 """The three processes together: what they learn, what they say when something does not fit, and how they stop."""
-import csv
 import signal
 
 import numpy as np
@@ -9,14 +8,6 @@ from sgd import (Sigmoid, backprop, feed_forward, load_data, make_layers, mean_s
                  snapshots)
 from tests.processes import Three, end, free_ports, start, wait_until
 from train_input import minibatches
-
-
-def rows(three):
-    return list(csv.DictReader(open(three.progress / "metrics.csv")))
-
-
-def last_mse(three):
-    return float(rows(three)[-1]["test_mse"])
 
 
 def write(folder, name, array):
@@ -57,15 +48,14 @@ def test_synthetic_gradients_beat_the_control_and_nothing_is_left_behind(tmp_pat
         with Three(folder, input=[*large_data, "--gradients", gradients, "--num-epochs", 1000, "--snapshot-seconds", 2]
                    ) as three:
             three.start("input", "output", "oracle")  # the wrong way round: each waits for whom it needs
-            wait_until(lambda: (three.progress / "metrics.csv").exists() and
-                       float((rows(three) or [{"seconds": 0}])[-1]["seconds"]) > 30, "30 s of training", 120)
+            wait_until(lambda: max(three.metrics("seconds"), default=0) > 30, "30 s of training", 120)
             codes = [end(three.processes[name]) for name in ("input", "output", "oracle")]
         assert codes == [0, 0, 0]
         assert "waiting for the o" in three.log("input")
         for name in three.commands:
             assert "Traceback" not in three.log(name)
-        reached[gradients] = np.median([float(row["test_mse"]) for row in rows(three)[-3:]])
-        assert len(snapshots(three.progress)) == len(rows(three))
+        reached[gradients] = np.median(three.metrics("test_mse")[-3:])
+        assert len(snapshots(three.progress)) == len(three.metrics("seconds"))
     assert reached["synthetic"] < 0.8 * reached["zero"], reached
 
 
@@ -80,7 +70,7 @@ def test_counters_add_up_and_ctrl_c_writes_a_last_snapshot(tmp_path, small_data)
         assert sent["thrown"] == sent["sent"] + sent["replaced"] + sent["dropped"] + sent["waiting"] > 0
         assert oracle["received"] == oracle["stored"] + oracle["dropped"] > 0
         _, row = read_snapshot(snapshots(three.progress)[-1])
-        assert row["examples"] == int(rows(three)[-1]["examples"]) > 20_000
+        assert row["examples"] == three.metrics("examples")[-1] > 20_000
         assert end(three.processes["output"], signal.SIGINT) == 130 and end(three.processes["oracle"]) == 0
     assert not any("Traceback" in three.log(name) for name in three.commands)
 

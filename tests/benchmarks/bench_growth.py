@@ -4,7 +4,6 @@ Fills a real output trainer and a real oracle over HTTP, and watches them train 
 """
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,11 @@ from tests.benchmarks.measure import print_table
 from tests.processes import Three, wait_until
 
 CASES = [(24, 20_000, 2_000_000), (1024, 20_000, 200_000)]  # width, fewer examples, more examples
+BATCH = 100  # examples an update, the default
 
 
 def resident(three, name):
     return psutil.Process(three.processes[name].pid).memory_info().rss
-
-
-def microseconds_per_example(three, name, batch_size=100, seconds=4):
-    """Of training over what is stored, right after it has arrived (a trainer rests when nothing new comes for 10 s)."""
-    began, before = time.monotonic(), three.status(name)["updates"]
-    while time.monotonic() - began < seconds:
-        time.sleep(0.1)
-    return 1e6 * (time.monotonic() - began) / (three.status(name)["updates"] - before) / batch_size
 
 
 def fill(three, name, width, start, count):
@@ -55,7 +47,8 @@ def grow(folder, name, width, fewer, more):
         for count in (fewer, more):
             fill(three, name, width, done, count)
             done = count
-            times.append(microseconds_per_example(three, name))
+            # Right away: a training loop rests when nothing new has come for 10 s.
+            times.append(1e6 / BATCH / three.updates_per_second(name, 4))
             sizes.append(resident(three, name))
         raw = {"output": 8 + 4 * width + 4, "oracle": 8 * width}[name]  # i, h, y; h, g
     return (sizes[1] - sizes[0]) / (more - fewer) / raw, times

@@ -3,6 +3,7 @@
 What must hold: memory stays bounded, no thread or connection leaks, the counters add up, the oracle keeps answering.
 """
 import argparse
+import contextlib
 import http.client
 import json
 import tempfile
@@ -72,7 +73,8 @@ def main():
         for thread in threads:
             thread.join(60)
         client.connection.close()
-        time.sleep(2)
+        with contextlib.suppress(TimeoutError):  # a leak, then: the table shows it
+            wait_until(lambda: all(np.less_equal(resources(three), before)), "connections to be closed", 10)
         after, output, oracle = resources(three), three.status("output"), three.status("oracle")
         alive = all(process.poll() is None for process in three.processes.values())
     kept = output["examples"]
