@@ -29,7 +29,7 @@ STYLES = [(color, line) for line in ("-", "--", ":") for color in
 AXIS = np.linspace(-1, 1, 121, dtype=np.float32)
 GRID = np.stack(np.meshgrid(AXIS, AXIS), axis=-1)  # (121, 121, 2)
 LEVELS = np.linspace(-1, 1, 21)
-LIVE_SIZES = {"surface": (8, 3.6), "curves": (8, 4.5), "surface-tall": (4, 6.6), "curves-tall": (4, 8)}  # inches
+LIVE_SIZES = {"surface": (8, 3.6), "curves": (8, 4.5), "surface-tall": (4, 8), "curves-tall": (4, 8)}  # inches
 
 
 def read_metrics(folder):
@@ -60,7 +60,7 @@ def draw_surface(figure, layers, row):
         ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
         ax.set_title(title, fontsize=8)
         ax.label_outer()
-    figure.colorbar(contours, ax=axes, label="z", ticks=LEVELS[::5])
+    figure.colorbar(contours, ax=axes, label="z", ticks=LEVELS[::5], location="bottom" if is_tall(figure) else "right")
 
 
 def draw_curves(figure, runs):

@@ -179,7 +179,9 @@ def add_page(app, run):
 
     @app.get("/<kind>.png")
     def picture(kind):
-        drawn = pictures.get(kind, run.version) if kind in plot.LIVE_SIZES else flask.abort(404)
+        if kind not in plot.LIVE_SIZES:
+            flask.abort(404)
+        drawn = pictures.get(kind, run.version)
         if drawn is None:
             raise synthgrad.Refused("the picture could not be drawn", 503)
         return drawn, {"Content-Type": "image/png", "Cache-Control": "no-store"}

@@ -86,7 +86,11 @@ class DelayingProxy:
         with contextlib.suppress(OSError):  # until close()
             while True:
                 near = self.socket.accept()[0]
-                far = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:  # nobody there yet: as if this port did not answer either
+                    near.close()
+                    continue
                 asked = threading.Event()
                 for each in (near, far):
                     each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -156,10 +160,12 @@ class Three:
         wait_until(ended, "the input trainer to end", timeout)
         return self.processes["input"].returncode
 
-    def updates_per_second(self, name, seconds):
-        """How fast `name` trains, seen from outside, over the next `seconds`."""
+    def updates_per_second(self, name, seconds, meanwhile=lambda: None):
+        """How fast `name` trains, seen from outside, over the next `seconds`; ten times a second meanwhile()."""
         began, before = time.monotonic(), self.status(name)["updates"]
-        time.sleep(seconds)
+        while time.monotonic() - began < seconds:
+            meanwhile()
+            time.sleep(0.1)
         return (self.status(name)["updates"] - before) / (time.monotonic() - began)
 
     def __enter__(self):

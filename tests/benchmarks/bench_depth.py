@@ -2,7 +2,7 @@
 
 Batch 256, width 512, a linear oracle; once with the output trainer at hand, and with 10 and 50 ms of delay before it
 answers. Then the other side: held-out MSE against seconds, on networks of up to six hidden layers. Writes a table and
-pictures into bench_depth/. About a quarter of an hour.
+pictures into bench_depth/, where finished training runs are kept. About a quarter of an hour.
 """
 import shutil
 from pathlib import Path
@@ -33,6 +33,7 @@ CAREFUL = ["--learning-rate", 0.01, "--batch-size", 256]
 
 def behind_a_proxy(folder, **options):
     """Three processes, of which the input trainer reaches the output trainer through a proxy; and the proxy."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     ports = free_ports(3)
     proxy = DelayingProxy(ports[1])
@@ -74,19 +75,22 @@ def measure_learning(folder, bar):
     """{name: metrics} of RUNS: hidden layers of 64, and the oracle 64-64-64."""
     metrics = {}
     for name, (gradients, depth, rest, delay) in RUNS.items():
-        # Undelayed and unguessed gradients can take the rate and the momentum of ordinary minibatch SGD.
-        rates = [0.1, "--momentum", 0.9, "--warm-up", 0, "--decay", 200_000] if gradients == "true" else [1.0]
-        three, proxy = behind_a_proxy(
-            folder / name.replace(" ", "_").replace(",", ""), oracle=["--layers", 64, 64, 64],
-            output=["--layers", *[64] * (rest + 1), 1, "--learning-rate", 0.1],
-            input=[*DATA, "--layers", 2, *[64] * depth, "--gradients", gradients, "--num-epochs", 10**6,
-                   "--snapshot-seconds", 2, "--learning-rate", *rates])
-        proxy.delay = delay / 1e3
-        with three:
-            three.start()
-            wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > LEARNING, name, 120)
-        proxy.close()
-        metrics[name] = read_metrics(three.progress)
+        run = folder / name.replace(" ", "_").replace(",", "")
+        if not (run / "finished").exists():
+            # Undelayed and unguessed gradients can take the rate and the momentum of ordinary minibatch SGD.
+            rates = [0.1, "--momentum", 0.9, "--warm-up", 0, "--decay", 200_000] if gradients == "true" else [1.0]
+            three, proxy = behind_a_proxy(
+                run, oracle=["--layers", 64, 64, 64],
+                output=["--layers", *[64] * (rest + 1), 1, "--learning-rate", 0.1],
+                input=[*DATA, "--layers", 2, *[64] * depth, "--gradients", gradients, "--num-epochs", 10**6,
+                       "--snapshot-seconds", 2, "--learning-rate", *rates])
+            proxy.delay = delay / 1e3
+            with three:
+                three.start()
+                wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > LEARNING, name, 120)
+            proxy.close()
+            (run / "finished").touch()
+        metrics[name] = read_metrics(run / "progress")
         bar.update()
     return metrics
 
@@ -94,7 +98,7 @@ def measure_learning(folder, bar):
 def draw_updates(figure, results):
     """Milliseconds an update against the output half's depth."""
     axes = figure.subplots()
-    for n, ((gradients, delay), milliseconds) in enumerate(results.items()):
+    for (gradients, delay), milliseconds in results.items():
         color, _ = STYLES[DELAYS.index(delay)]
         axes.plot(DEPTHS, milliseconds, "-o" if gradients == "synthetic" else "--s", color=color,
                   label=f"{'decoupled' if gradients == 'synthetic' else 'update-locked'}, {delay} ms of delay")
@@ -107,8 +111,7 @@ def draw_updates(figure, results):
 
 def main():
     folder = Path("bench_depth")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with tqdm(total=len(DEPTHS) * len(DELAYS) * 2 + len(RUNS), unit="part") as bar:
         results, runs = measure_updates(folder, bar), measure_learning(folder, bar)
     (folder / "updates.png").write_bytes(png(draw_updates, results, size=(7, 4.5), dpi=110))

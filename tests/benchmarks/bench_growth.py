@@ -3,6 +3,7 @@
 Fills a real output trainer and a real oracle over HTTP, and watches them train over what they hold. About six minutes.
 """
 import argparse
+import functools
 import tempfile
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def grow(folder, name, width, fewer, more):
         for count in (fewer, more):
             fill(three, name, width, done, count)
             done = count
-            # Right away: a training loop rests when nothing new has come for 10 s.
-            times.append(1e6 / BATCH / three.updates_per_second(name, 4))
+            # The newest example comes again and again, for a training loop rests when nothing does.
+            again = functools.partial(fill, three, name, width, done - 1, done)
+            times.append(1e6 / BATCH / three.updates_per_second(name, 4, again))
             sizes.append(resident(three, name))
         raw = {"output": 8 + 4 * width + 4, "oracle": 8 * width}[name]  # i, h, y; h, g
     return (sizes[1] - sizes[0]) / (more - fewer) / raw, times
