@@ -55,9 +55,10 @@ class Linear:
 class Layer:
     """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both float32.
 
-    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16). Biases start
-    where inputs of mean `input_mean` leave z at zero, the middle of a sigmoid; without that, deep stacks pass no
-    signal on, for a sigmoid's outputs have mean ½.
+    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16). Between layers of
+    equal width that is 1 / input_dim, scaling by fan-in, which for the small default network was no better. Biases
+    start where inputs of mean `input_mean` leave z at zero, the middle of a sigmoid; without that, deep stacks pass
+    no signal on, for a sigmoid's outputs have mean ½.
     """
 
     def __init__(self, input_dim, output_dim, activation, rng=None, input_mean=0.0):

@@ -63,13 +63,13 @@ def status(port):
         return None
 
 
-def wait_until(condition, what, timeout=DEADLINE):
-    """Poll condition() until it returns something true, and return that."""
+def wait_until(condition, what, timeout=DEADLINE, pause=0.05):
+    """Poll condition() every `pause` seconds until it returns something true, and return that."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout} s in vain: {what}")
-        time.sleep(0.05)
+        time.sleep(pause)
     return result
 
 

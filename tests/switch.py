@@ -24,13 +24,14 @@ def open_port(interface):
 
 
 def main(delay, loss, *interfaces):
+    delay, loss = float(delay), float(loss)
     ports, waiting = [open_port(interface) for interface in interfaces], collections.deque()
     while True:
         timeout = max(0, waiting[0][0] - time.monotonic()) if waiting else None
         for source in select.select(ports, [], [], timeout)[0]:
             frame = source.recv(2**17)
-            if random.random() >= float(loss):
-                waiting.append((time.monotonic() + float(delay), source, frame))
+            if random.random() >= loss:
+                waiting.append((time.monotonic() + delay, source, frame))
         while waiting and waiting[0][0] <= time.monotonic():
             _, source, frame = waiting.popleft()
             for port in ports:

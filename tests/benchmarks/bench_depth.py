@@ -4,14 +4,14 @@ Batch 256, width 512, a linear oracle; once with the output trainer at hand, and
 answers. Then the other side: held-out MSE against seconds, on networks of up to six hidden layers. Writes a table and
 pictures into bench_depth/, where finished training runs are kept. About a quarter of an hour.
 """
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from plot import STYLES, draw_curves, png, read_metrics
-from tests.benchmarks.measure import DATA, machine
+from plot import STYLES, draw_curves, png
+from tests.benchmarks.measure import DATA, kept, machine, run_three
 from tests.processes import DelayingProxy, Three, end, free_ports, wait_until
 
 DEPTHS, DELAYS, WIDTH = (1, 2, 4, 8, 16), (0, 10, 50), 512  # hidden layers of the output half; milliseconds
@@ -31,13 +31,10 @@ RUNS = {  # name: gradients, layers of the input half, hidden layers of the outp
 CAREFUL = ["--learning-rate", 0.01, "--batch-size", 256]
 
 
-def behind_a_proxy(folder, **options):
-    """Three processes, of which the input trainer reaches the output trainer through a proxy; and the proxy."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+def behind_a_proxy():
+    """Where three processes shall run so that the input trainer reaches the output trainer through a proxy."""
     ports = free_ports(3)
-    proxy = DelayingProxy(ports[1])
-    return Three(folder, ports, proxy=proxy, **options), proxy
+    return {"ports": ports, "proxy": DelayingProxy(ports[1])}
 
 
 def update_milliseconds(three, gradients):
@@ -57,42 +54,32 @@ def measure_updates(folder, bar):
     """{(gradients, delay): [milliseconds at each depth]}"""
     results = {(gradients, delay): [] for delay in DELAYS for gradients in ("synthetic", "true")}
     for depth in DEPTHS:
-        three, proxy = behind_a_proxy(folder / f"depth{depth}", oracle=["--layers", WIDTH, WIDTH, *CAREFUL],
-                                      output=["--layers", *[WIDTH] * (depth + 1), 1, *CAREFUL],
-                                      input=[*DATA, "--layers", 2, WIDTH, *CAREFUL, "--snapshot-seconds", 10**6])
-        with three:
+        (folder / str(depth)).mkdir()
+        where = behind_a_proxy()
+        with Three(folder / str(depth), oracle=["--layers", WIDTH, WIDTH, *CAREFUL],
+                   output=["--layers", *[WIDTH] * (depth + 1), 1, *CAREFUL],
+                   input=[*DATA, "--layers", 2, WIDTH, *CAREFUL, "--snapshot-seconds", 10**6], **where) as three:
             three.start("oracle", "output")
             wait_until(lambda: (three.status("oracle") or {}).get("ready") and three.status("output"), "two processes")
             for (gradients, delay), milliseconds in results.items():
-                proxy.delay = delay / 1e3
+                where["proxy"].delay = delay / 1e3
                 milliseconds.append(update_milliseconds(three, gradients))
                 bar.update()
-        proxy.close()
+        where["proxy"].close()
     return results
 
 
-def measure_learning(folder, bar):
-    """{name: metrics} of RUNS: hidden layers of 64, and the oracle 64-64-64."""
-    metrics = {}
-    for name, (gradients, depth, rest, delay) in RUNS.items():
-        run = folder / name.replace(" ", "_").replace(",", "")
-        if not (run / "finished").exists():
-            # Undelayed and unguessed gradients can take the rate and the momentum of ordinary minibatch SGD.
-            rates = [0.1, "--momentum", 0.9, "--warm-up", 0, "--decay", 200_000] if gradients == "true" else [1.0]
-            three, proxy = behind_a_proxy(
-                run, oracle=["--layers", 64, 64, 64],
-                output=["--layers", *[64] * (rest + 1), 1, "--learning-rate", 0.1],
-                input=[*DATA, "--layers", 2, *[64] * depth, "--gradients", gradients, "--num-epochs", 10**6,
-                       "--snapshot-seconds", 2, "--learning-rate", *rates])
-            proxy.delay = delay / 1e3
-            with three:
-                three.start()
-                wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > LEARNING, name, 120)
-            proxy.close()
-            (run / "finished").touch()
-        metrics[name] = read_metrics(run / "progress")
-        bar.update()
-    return metrics
+def learn(folder, gradients, depth, rest, delay):
+    """One of RUNS: hidden layers of 64, and the oracle 64-64-64."""
+    # Undelayed and unguessed gradients can take the rate and the momentum of ordinary minibatch SGD.
+    rates = [0.1, "--momentum", 0.9, "--warm-up", 0, "--decay", 200_000] if gradients == "true" else [1.0]
+    where = behind_a_proxy()
+    where["proxy"].delay = delay / 1e3
+    run_three(folder, LEARNING, oracle=["--layers", 64, 64, 64],
+              output=["--layers", *[64] * (rest + 1), 1, "--learning-rate", 0.1],
+              input=["--layers", 2, *[64] * depth, "--gradients", gradients, "--snapshot-seconds", 2,
+                     "--learning-rate", *rates], **where)
+    where["proxy"].close()
 
 
 def draw_updates(figure, results):
@@ -112,8 +99,13 @@ def draw_updates(figure, results):
 def main():
     folder = Path("bench_depth")
     folder.mkdir(exist_ok=True)
+    runs = {}
     with tqdm(total=len(DEPTHS) * len(DELAYS) * 2 + len(RUNS), unit="part") as bar:
-        results, runs = measure_updates(folder, bar), measure_learning(folder, bar)
+        for name, options in RUNS.items():
+            runs[name] = kept(folder, name, lambda place: learn(place, *options))
+            bar.update()
+        with tempfile.TemporaryDirectory() as temporary:
+            results = measure_updates(Path(temporary), bar)
     (folder / "updates.png").write_bytes(png(draw_updates, results, size=(7, 4.5), dpi=110))
     (folder / "learning.png").write_bytes(png(draw_curves, dict(list(runs.items())[:6]), size=(9, 5.5), dpi=110))
     lines = [f"Milliseconds an update of the input half; batch 256, width {WIDTH}. {machine()}.", "",

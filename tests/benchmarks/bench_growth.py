@@ -1,6 +1,6 @@
 """`make bench-growth`: memory and time per stored example, from 20,000 to 2 million, and at a width of 1024.
 
-Fills a real output trainer and a real oracle over HTTP, and watches them train over what they hold. About six minutes.
+Fills a real output trainer and a real oracle over HTTP, and watches them train over what they hold. About two minutes.
 """
 import argparse
 import functools

@@ -6,14 +6,13 @@ Every run sees the same data and the same number of examples. Finished runs are 
 interrupted and started again. Writes compare/table.md and compare/curves.png, and prints the table.
 """
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from plot import draw_curves, png, read_metrics
-from tests.benchmarks.measure import machine, run_sgd, run_three
+from plot import draw_curves, png
+from tests.benchmarks.measure import kept, machine, run_sgd, run_three
 
 RUNS = {  # name: (options of the oracle, options of the input trainer, what it tests); None for sgd.py
     "sgd.py": (None, None, "the baseline"),
@@ -30,18 +29,14 @@ TRUE = ["--learning-rate", 0.2, "--momentum", 0.9, "--decay", 200_000, "--warm-u
 
 
 def run(folder, name, seed, epochs):
-    """Run it unless it has finished before; returns its metrics."""
-    if not (folder / "finished").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        oracle, input, _ = RUNS[name]
-        if oracle is None:
-            run_sgd(folder, "--num-epochs", epochs, "--seed", seed)
-        else:
-            extra = TRUE if name == "true gradients" else []
-            output = ["--learning-rate", 0.2] if extra else []
-            run_three(folder, None, seed, oracle, output, [*input, *extra, "--num-epochs", epochs])
-        (folder / "finished").touch()
-    return read_metrics(folder / "progress")
+    """One run of the table, in `folder`."""
+    oracle, input, _ = RUNS[name]
+    if oracle is None:
+        run_sgd(folder, "--num-epochs", epochs, "--seed", seed)
+    else:
+        extra = TRUE if name == "true gradients" else []
+        output = ["--learning-rate", 0.2] if extra else []
+        run_three(folder, None, seed, oracle, output, [*input, *extra, "--num-epochs", epochs])
 
 
 def cell(values, form):
@@ -61,8 +56,8 @@ def main():
         for seed in range(args.seeds):
             for name in RUNS:
                 bar.set_postfix_str(f"{name}, seed {seed}")
-                folder = args.dir / f"{name.replace(' ', '_').replace(',', '')}_{args.epochs}_{seed}"
-                results[name].append(run(folder, name, seed, args.epochs))
+                results[name].append(kept(args.dir, f"{name}_{args.epochs}_{seed}",
+                                          lambda folder: run(folder, name, seed, args.epochs)))
                 bar.update()
     lines = [f"{args.epochs} epochs of 190,000 examples, {args.seeds} seeds: median (range). {machine()}.", "",
              "| run | what it tests | held-out MSE | seconds | mean gradient cosine |", "| --- | --- | --- | --- | --- |"]

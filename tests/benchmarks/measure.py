@@ -1,7 +1,7 @@
 """What the benchmarks share: running the baseline and the three processes, and reading what they wrote."""
 import os
 import platform
-import time
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,26 +31,35 @@ def run_sgd(folder, *options, timeout=3600):
     return read_metrics(Path(folder) / "progress")
 
 
-def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), watch=None, timeout=3600):
+def kept(folder, name, run):
+    """The metrics of the run of that name in `folder`; run(its own folder) makes it, unless it has finished before."""
+    place = folder / name.replace(" ", "_").replace(",", "")
+    if not (place / "finished").exists():
+        shutil.rmtree(place, ignore_errors=True)
+        run(place)
+        (place / "finished").touch()
+    return read_metrics(place / "progress")
+
+
+def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), watch=None, timeout=3600, **where):
     """One decoupled run, which ends by itself or after `seconds` of training; returns its metrics.
 
-    `watch(three)` is called every half second while it trains.
+    `watch(three)` is called every half second while it trains; `where` is Three's ports and proxy.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     seeds = ["--seed", seed]
     endless = ["--num-epochs", 10**6] if seconds else []
     with Three(folder, oracle=[*oracle, *seeds], output=[*output, *seeds],
-               input=[*DATA, *endless, *input, *seeds]) as three:
+               input=[*DATA, *endless, *input, *seeds], **where) as three:
         three.start()
         wait_until(lambda: (three.status("input") or {}).get("seconds"), f"training to start ({folder})", DEADLINE)
-        deadline = time.monotonic() + timeout
-        while three.processes["input"].poll() is None and time.monotonic() < deadline:
-            time.sleep(0.5)
+
+        def over():
             state = three.status("input") or {}
             if watch and state.get("examples"):
                 watch(three)
-            if seconds and state.get("seconds", 0) >= seconds:
-                break
+            return three.processes["input"].poll() is not None or seconds and state.get("seconds", 0) >= seconds
+        wait_until(over, f"the run in {folder} to end", timeout, pause=0.5)
         assert end(three.processes["input"]) == 0, three.log("input")
     return read_metrics(three.progress)
 

@@ -27,13 +27,16 @@ def main():
     rows = np.array(rows)
     quarter = len(rows) // 4
     first, last = np.median(rows[:quarter], axis=0), np.median(rows[-quarter:], axis=0)
-    print_table(*((what, f"{last[n]:.{digits}f}", "–", f"{first[n]:.{digits}f} in the first quarter")
+    print_table(*((what, f"{last[n]:.{digits}f}", "–",
+                   f"{first[n]:.{digits}f} in the first quarter; {rows[:, n].min():.{digits}f} to {rows[:, n].max():.{digits}f}")
                   for n, what, digits in ((1, f"resident memory of the three, MB, last quarter of {seconds} s", 0),
                                           (2, "estimate_gradients, median, ms", 2),
                                           (3, "estimate_gradients, 95th percentile, ms", 2),
                                           (4, "held-out MSE", 4))),
-                ("examples dropped by the senders", str(counters["input"]["examples_sent"]["dropped"]
-                                                        + counters["output"]["gradients"]["dropped"]), "–", ""))
+                ("examples sent, and dropped by the senders",
+                 ", ".join(f"{sent['sent']:,} and {sent['dropped']:,}" for sent in
+                           (counters["input"]["examples_sent"], counters["output"]["gradients"])), "–",
+                 "by the input trainer, by the output trainer"))
 
 
 if __name__ == "__main__":
