@@ -5,7 +5,7 @@ The target has no significance. It is smooth enough to learn and lumpy enough th
     python generate.py                      # writes x.npy, y.npy and target.png
 
 x.npy holds the inputs, (num_examples, 2) float32; y.npy the target at each of them, (num_examples,) float32.
-Both trainers and the baseline read these two files; plot.py calls target() to draw the right answer.
+train_input.py and sgd.py read these two files; plot.py calls target() to draw the right answer.
 """
 import argparse
 import sys
@@ -41,7 +41,7 @@ def draw(path):
     figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
     contours = axes.contourf(axis, axis, z, levels=np.linspace(-1, 1, 21), cmap="cividis", extend="both")
     figure.colorbar(contours, label="target z")
-    axes.set(title="The function to learn", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    axes.set(title="The function to learn", xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xticks=(-1, -0.5, 0, 0.5, 1))
     figure.savefig(path, dpi=110)
 
 

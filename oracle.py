@@ -19,7 +19,7 @@ import numpy as np
 import synthgrad
 
 STEPS = 50    # minibatches in one call of the compiled training function: about 3 ms
-TRUST = 10    # questions that are answered between two pieces of news; a guess older than that is worth nothing
+TRUST = 10    # questions answered after the last news of true gradients; a guess older than that is worth nothing
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from generate import target
 from sgd import feed_forward, read_snapshot, snapshots
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and line styles for those who print in grey.
-STYLES = [(color, line) for line in ("-", "--", ":") for color in
-          ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")]
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+STYLES = [(COLORS[n % 7], ("-", "--", ":")[n % 3]) for n in range(21)]
 AXIS = np.linspace(-1, 1, 121, dtype=np.float32)
 GRID = np.stack(np.meshgrid(AXIS, AXIS), axis=-1)  # (121, 121, 2)
 LEVELS = np.linspace(-1, 1, 21)
@@ -54,11 +54,11 @@ def draw_surface(figure, layers, row):
     """The learned surface beside the target, on the same colour scale; above it on a figure that is tall."""
     axes = figure.subplots(*((2, 1) if is_tall(figure) else (1, 2)), sharex=True, sharey=True)
     learned = feed_forward(layers, GRID.reshape(-1, 2)).reshape(GRID.shape[:2])
-    name = f"learned: {row['examples'] / 1e6:.2f} million examples, {row['seconds']:.0f} s, MSE {row['test_mse']:.4f}"
+    name = f"learned: {row['examples'] / 1e6:.2f} million examples,\n{row['seconds']:.0f} s, MSE {row['test_mse']:.4f}"
     for ax, z, title in zip(axes, (learned, target(GRID)), (name, "target")):
         contours = ax.contourf(AXIS, AXIS, z, levels=LEVELS, cmap="cividis", extend="both")
-        ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-        ax.set_title(title, fontsize=8)
+        ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+        ax.set_title(title, fontsize=10)
         ax.label_outer()
     figure.colorbar(contours, ax=axes, label="z", ticks=LEVELS[::5], location="bottom" if is_tall(figure) else "right")
 
@@ -83,7 +83,8 @@ def draw_curves(figure, runs):
             ax.grid(True, which="both", alpha=0.25)
             if not is_tall(figure):
                 ax.label_outer()
-    axes[0, 1].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 if is_tall(figure) else 4,
+                  fontsize=8)
 
 
 def png(draw, *args, size=(8, 3.6), dpi=100):
@@ -104,29 +105,34 @@ def surface_problem(layers):
         return f"The surface over {len(layers[0].w)} input columns cannot be drawn; only over 2."
 
 
+def is_whole(path):
+    try:
+        read_snapshot(path)
+    except ValueError as error:
+        print(f"{error}: left out", file=sys.stderr)
+        return False
+    return True
+
+
 def draw_run(folder, out):
     """The surface at each snapshot, as pictures and as an animation. Returns what was written."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
     pictures, movie = out / "synthetic_plots", out / "learning.gif"
-    paths = snapshots(folder)
-    if not paths or surface_problem(read_snapshot(paths[-1])[0]):
-        return [surface_problem(read_snapshot(paths[-1])[0])] if paths else []
+    paths = list(filter(is_whole, snapshots(folder)))
+    problem = surface_problem(read_snapshot(paths[-1])[0]) if paths else f"{folder} holds no snapshot"
+    if problem:
+        return [problem]
     pictures.mkdir(exist_ok=True)
     for old in pictures.glob("surface_*.png"):
         old.unlink()
-    figure, writer = Figure((8, 3.6), layout="constrained"), PillowWriter(fps=4)
+    figure, writer = Figure((6.4, 3.2), layout="constrained"), PillowWriter(fps=4)
     every = max(1, -(-len(paths) // 40))  # the animation has at most 40 frames
-    with writer.saving(figure, movie, dpi=70):
+    with writer.saving(figure, movie, dpi=90):
         for n, path in enumerate(tqdm(paths, desc="surfaces", unit="picture")):
-            try:
-                layers, row = read_snapshot(path)
-            except ValueError as error:
-                print(error, file=sys.stderr)
-                continue
             figure.clear()
-            draw_surface(figure, layers, row)
-            figure.savefig(pictures / f"surface_{path.stem[9:]}.png", dpi=100)
+            draw_surface(figure, *read_snapshot(path))
+            figure.savefig(pictures / f"surface_{path.stem[9:]}.png", dpi=120)
             if n % every == 0 or n == len(paths) - 1:
                 writer.grab_frame()
     return [pictures, movie]
@@ -150,9 +156,10 @@ class LivePictures:
                     self.process.stdin.write(kind.encode() + b"\n")
                     self.process.stdin.flush()
                     size, = struct.unpack("<I", self.process.stdout.read(4))
-                except (OSError, struct.error):
+                    picture, = struct.unpack(f"{size}s", self.process.stdout.read(size))
+                except (OSError, struct.error):  # it died, perhaps half-way
                     return None
-                self.drawn[kind] = version, self.process.stdout.read(size)
+                self.drawn[kind] = version, picture
             return self.drawn[kind][1]
 
 
@@ -189,7 +196,9 @@ def main():
         if not folders:
             raise ValueError("no folder here holds a run; train_input.py and sgd.py write them")
         args.out.mkdir(parents=True, exist_ok=True)
-        runs = {Path(folder).name: read_metrics(folder) for folder in folders}
+        names = [Path(folder).name for folder in folders]
+        runs = {name if names.count(name) == 1 else str(folder): read_metrics(folder)
+                for name, folder in zip(names, folders)}
         curves = args.out / "learning_curves.png"
         curves.write_bytes(png(draw_curves, runs, size=(9, 5.5), dpi=110))
         print("wrote", *(str(path) for path in [curves, *draw_run(folders[0], args.out)]), sep="\n  ")

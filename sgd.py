@@ -56,7 +56,7 @@ class Layer:
     """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both float32.
 
     Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16). Between layers of
-    equal width that is 1 / input_dim, scaling by fan-in, which for the small default network was no better. Biases
+    equal width that is gain² / input_dim, scaling by fan-in, which for the small default network was no better. Biases
     start where inputs of mean `input_mean` leave z at zero, the middle of a sigmoid; without that, deep stacks pass
     no signal on, for a sigmoid's outputs have mean ½.
     """
@@ -174,12 +174,16 @@ class Progress:
     """Writes metrics.csv, a row per snapshot, and snapshot_000042.npz, the whole network, into one folder.
 
     An earlier run in the folder is moved to FOLDER.old, unless `resume` is given: then rows are appended to it.
+    ValueError when the folder holds anything else.
     """
 
     def __init__(self, folder, columns, resume=False):
         self.folder, self.metrics = Path(folder), Path(folder) / "metrics.csv"
         if self.folder.is_dir() and any(self.folder.iterdir()) and not resume:
             old = self.folder.with_name(self.folder.name + ".old")
+            for folder in (self.folder, old):
+                if folder.exists() and not (folder / "metrics.csv").exists():
+                    raise ValueError(f"{folder} holds something other than a run; --progress-dir chooses another folder")
             shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
             print(f"{folder} held an earlier run: moved to {old}")
@@ -238,6 +242,8 @@ def main():
     args = parser.parse_args()
     try:
         x, y, x_test, y_test = load_data(args.x, args.y)
+        if min(args.batch_size, args.num_epochs) < 1 or args.seed < 0:
+            raise ValueError("--batch-size and --num-epochs must be at least 1, --seed at least 0")
         if args.layers[0] != x.shape[1] or args.layers[-1] != 1 or min(args.layers) < 1 or len(args.layers) < 2:
             raise ValueError(f"--layers {args.layers}: must begin with x's {x.shape[1]} columns and end with 1")
         progress = Progress(args.progress_dir, ["seconds", "examples", "epoch", "test_mse"])

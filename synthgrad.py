@@ -28,6 +28,7 @@ import logging
 import math
 import os
 import queue
+import re
 import secrets
 import signal
 import sys
@@ -42,7 +43,7 @@ import waitress
 from werkzeug.exceptions import HTTPException
 
 MAX_BODY = 2**27        # bytes in a request or an answer: the weights of a deep half must fit
-MAX_EXAMPLES = 2**24    # bytes in a message of examples: what senders throw together
+MAX_EXAMPLES = 2**24    # bytes in a message of examples, as senders make them; twice as many are taken
 MAX_INDEX = 2**31       # an example's index is below this
 POST_INTERVAL = 0.004   # seconds
 DTYPE_NAMES = {np.dtype(name): name for name in ("float32", "float64", "int32", "int64")}
@@ -50,7 +51,7 @@ MAX_MAGNITUDE = 1e6     # activations and gradients are small numbers; larger on
 
 
 class Refused(ValueError):
-    """The request was wrong: the server raises it to answer 4xx, the client when it was answered so."""
+    """The server raises it to answer `status`; the client, when it was answered 4xx."""
 
     def __init__(self, message, status=400):
         super().__init__(message)
@@ -89,11 +90,11 @@ def json_to_ndarray(message, dtype=None, shape=None, name="array"):
             data = bytearray(binascii.a2b_base64(message["base64"], strict_mode=True))
             flat = np.frombuffer(data, np.dtype(given).newbyteorder("<")).astype(given, copy=False)
         elif message.keys() - {"dtype"} == {"shape", "values"}:
-            flat = np.array(message["values"])
-            if flat.ndim != 1 or flat.size and flat.dtype.kind not in ("iu" if given[0] == "i" else "iuf"):
+            values, kinds = message["values"], {int} if given[0] == "i" else {int, float}
+            if type(values) is not list or not kinds.issuperset(map(type, values)):
                 raise ValueError("values is not a flat list of such numbers")
             with np.errstate(over="ignore"):
-                flat = flat.astype(given)
+                flat = np.array(values, given)
         else:
             raise ValueError(f"fields {sorted(message)}")
         return flat.reshape(dims)
@@ -170,13 +171,13 @@ class OnePacketConnection(http.client.HTTPConnection):
 
 
 class Client:
-    """Speaks to one server over one kept connection. Belongs to one thread. No call outlasts `timeout` by much."""
+    """Speaks to one server over one kept connection. Belongs to one thread. Waits `timeout` seconds for the next bytes."""
 
     def __init__(self, url, token=None, timeout=10):
         parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
         if parts.scheme not in ("", "http") or not parts.hostname:
             raise ValueError(f"{url}: expected a server's address like http://127.0.0.1:5001")
-        self.url = f"http://{parts.hostname}:{parts.port or 80}"
+        self.url = f"http://{f'[{parts.hostname}]' if ':' in parts.hostname else parts.hostname}:{parts.port or 80}"
         self.connection = OnePacketConnection(parts.hostname, parts.port or 80, timeout=timeout)
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
@@ -348,7 +349,7 @@ class Sender:
 # ---- serving ----
 
 def read_json():
-    """The JSON of the request that is being answered."""
+    """The JSON of the request that is being answered, of at most MAX_BODY bytes or what was set before."""
     try:
         return json.loads(flask.request.get_data(cache=False))
     except (ValueError, RecursionError):
@@ -357,6 +358,7 @@ def read_json():
 
 def read(**widths):
     """The arrays of the request that is being answered, in the order of `widths`."""
+    flask.request.max_content_length = 2 * MAX_EXAMPLES
     return decode(read_json(), **widths)
 
 
@@ -407,26 +409,28 @@ def serve(app, host, port, token=None):
               file=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     threading.Thread(target=server.run, daemon=True).start()
-    return server
 
 
 class Inbox:
     """How the server's threads reach what only the training loop may touch: as jobs, which the loop does.
 
-    Holds at most as many jobs as the server has threads, for each waits until its own is done.
+    Holds at most as many jobs as the server has threads, for each waits until its own is done, or withdraws it after
+    `timeout` seconds. That is less than a client waits: a job is not done after the client has gone.
     """
 
-    def __init__(self):
-        self.jobs = queue.SimpleQueue()
+    def __init__(self, timeout=8):
+        self.jobs, self.timeout = queue.SimpleQueue(), timeout
 
     def ask(self, job, *args):
         """In a server's thread: have job(*args) done, between two minibatches, and return what it returns."""
         future = concurrent.futures.Future()
         self.jobs.put((future, job, args))
         try:
-            return future.result(timeout=30)
+            return future.result(self.timeout)
         except concurrent.futures.TimeoutError:
-            raise Refused("busy: the training loop did not get round to it in 30 s", 503) from None
+            if future.cancel():
+                raise Refused(f"busy: the training loop did not get round to it in {self.timeout} s", 503) from None
+            return future.result()  # it has just begun
 
     def work(self, wait=False):
         """In the training loop: do what has been asked for; with `wait`, give it 0.2 s to come."""
@@ -434,6 +438,8 @@ class Inbox:
             while True:
                 future, job, args = self.jobs.get(wait, 0.2)
                 wait = False
+                if not future.set_running_or_notify_cancel():
+                    continue
                 try:
                     future.set_result(job(*args))
                 except Exception as error:
@@ -484,7 +490,7 @@ class Stop:
         return self.requested
 
 
-def until_answered(call, who, stop, patience, pause=lambda: time.sleep(0.2)):
+def until_answered(call, who, stop, patience=math.inf, pause=lambda: time.sleep(0.2)):
     """call(), again and again while it raises NoAnswer, saying once for whom one waits.
 
     Ends with the answer, with Stopped, or with NoAnswer after `patience` seconds. `pause` passes the time.
@@ -516,16 +522,30 @@ def argument_parser(doc, port, layers, learning_rate):
     add("--learning-rate", type=float, default=learning_rate, help="at the start (%(default)s)")
     add("--batch-size", type=int, default=100, help="examples per minibatch (%(default)s)")
     add("--seed", type=int, default=0, help="of the random numbers (%(default)s)")
-    add("--patience", type=float, default=600, help="seconds to wait for another process (%(default)s)")
     add("--token-file", type=Path, help="file with a secret that all three processes share and insist on")
     return parser
 
 
+LEAST = {"batch_size": 1, "seed": 0, "keep": 1, "decay": 1, "warm_up": 0, "momentum": 0, "num_epochs": 1,
+         "snapshot_seconds": 0, "patience": 0}  # of these options, where a process has them
+
+
+def read_token(path):
+    """The shared secret in a file; ValueError unless a bearer header can carry it (RFC 6750)."""
+    token = path.read_text().strip()
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
+        raise ValueError(f"{path}: expected a secret of letters, digits and . _ ~ + / -, and nothing else")
+    return token
+
+
 def run(main, parser):
-    """Parse, run main(args, stop), and exit: 0, 130 after Ctrl-C, 2 with one line about what was wrong."""
+    """Parse, run main(args, stop), and exit: 0, 130 after Ctrl-C, 1 or 2 with one line about what diverged or was wrong."""
     args = parser.parse_args()
-    if min(args.layers) < 1 or len(args.layers) < 2 or args.batch_size < 1 or args.seed < 0:
-        parser.error("--layers takes two or more widths; these, --batch-size and --seed must be positive")
+    for name, least in LEAST.items():
+        if not getattr(args, name, least) >= least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if min(args.layers) < 1 or len(args.layers) < 2:
+        parser.error("--layers takes two or more widths, which must be positive")
     if not 0 < args.learning_rate < 1e6 or not 0 < args.port < 65536:
         parser.error("--learning-rate must be positive, --port from 1 to 65535")
     most = examples_per_message(2 * max(args.layers[0], args.layers[-1]))
@@ -536,7 +556,7 @@ def run(main, parser):
     stop = Stop()
     sys.setswitchinterval(0.0005)  # threads hand Python's lock on after 0.5 ms, not after 5: others wait for an answer
     try:
-        args.token = args.token_file.read_text().strip() if args.token_file else None
+        args.token = read_token(args.token_file) if args.token_file else None
         main(args, stop)
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

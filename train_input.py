@@ -10,6 +10,7 @@ tests the whole network on held-out examples, and writes a row and a snapshot in
 http://127.0.0.1:5003/ shows the run while it lasts.
 """
 import collections
+import contextlib
 import copy
 import sys
 import threading
@@ -56,7 +57,8 @@ def minibatches(num_examples, batch_size, skip, seed):
 class Run:
     """One run: the two other processes as seen from here, the counters, and what is written down.
 
-    The training loop owns everything here but `thrower`, the sender's thread's client, and what `reconnecting` guards.
+    The training loop owns everything here but `thrower`, the sender's thread's client, what `reconnecting` guards, and
+    `looked`, which the page writes.
     """
 
     def __init__(self, args, stop, half, x_test, y_test):
@@ -66,7 +68,7 @@ class Run:
         self.thrower = synthgrad.LayerClient(args.output_server, args.token)
         self.reconnecting, self.output_instance, self.output_weights = threading.Lock(), None, None
         self.examples = self.updates = 0
-        self.seconds, self.row, self.snapshot, self.version, self.sender = 0.0, {}, None, 0, None
+        self.seconds, self.row, self.version, self.sender = 0.0, {}, 0, None
         self.state, self.looked = "waiting for the other two processes", float("-inf")  # when a page last asked
         self.latencies = collections.deque(maxlen=1000)  # seconds that the oracle took to answer
 
@@ -104,10 +106,14 @@ class Run:
                 raise
         with self.reconnecting:
             instance = client.status()["instance"]
-            if instance != self.output_instance:
-                client.restore(*self.output_weights)
-                self.output_instance = instance
+            if instance != self.output_instance and self.output_weights:
+                try:
+                    client.restore(*self.output_weights)
+                except synthgrad.NoAnswer:
+                    client.headers["If-Match"] = self.output_instance  # the next call will be answered 412 again
+                    raise
                 print("the output trainer was started anew: gave it the newest snapshot's weights", file=sys.stderr)
+            self.output_instance = instance
         return call()
 
     def connect(self, output_half=None):
@@ -119,7 +125,7 @@ class Run:
             raise ValueError(f"the output trainer's --layers begin with {status['layers'][0]}, ours end with {width}")
         self.thrower.headers["If-Match"] = status["instance"]
         if output_half and not status.get("updates"):
-            self.output.restore(*output_half)
+            self.from_output(lambda: self.output.restore(*output_half))
         if self.args.gradients != "true":
             status = self.patiently(self.oracle.status, f"the oracle at {self.oracle.url}")
             if status["layers"][0] != width:
@@ -139,7 +145,7 @@ class Run:
         if not np.isfinite(self.row["test_mse"]):
             raise FloatingPointError("the network diverged; try a lower --learning-rate")
         progress.write(whole, **self.row, updates=self.updates, output_updates=updates)
-        self.snapshot, self.version = whole, progress.count
+        self.published, self.version = weights_of(whole[:len(self.half)], self.updates), progress.count
 
     def gradient_cosine(self, whole):
         """The mean cosine between ĝ and g over 500 held-out examples; NaN when the oracle is not asked."""
@@ -158,6 +164,11 @@ class Run:
                 "examples": self.examples, "seconds": self.seconds, "state": self.state,
                 "examples_sent": self.sender.counters() if self.sender else {},
                 "latency_ms": {f"p{p}": float(np.percentile(list(self.latencies) or [0], p)) * 1e3 for p in (50, 95)}}
+
+
+def weights_of(layers, updates):
+    """[(w, b), ...] of layers, which nobody may write to from now on, and how many updates made them."""
+    return [(layer.w, layer.b) for layer in layers], updates
 
 
 def add_page(app, run):
@@ -181,9 +192,9 @@ def add_page(app, run):
     def picture(kind):
         if kind not in plot.LIVE_SIZES:
             flask.abort(404)
-        drawn = pictures.get(kind, run.version)
+        drawn = pictures.get(kind, run.version) if run.version else None  # before that, the folder holds an older run
         if drawn is None:
-            raise synthgrad.Refused("the picture could not be drawn", 503)
+            raise synthgrad.Refused("the picture could not be drawn, or not yet", 503)
         return drawn, {"Content-Type": "image/png", "Cache-Control": "no-store"}
 
     @app.get("/live")
@@ -218,12 +229,12 @@ def main(args, stop):
     half = make_layers(args.layers, np.random.default_rng(args.seed), last=Sigmoid)
     run = Run(args, stop, half, x_test, y_test)
     output_half = resume(run) if args.resume else None
+    run.published = weights_of(half, run.updates)
     app = synthgrad.make_app("input trainer", run.status, args.token)
 
     @app.get("/weights")
     def weights():
-        layers = run.snapshot[:len(half)] if run.snapshot else half
-        return synthgrad.encode_weights([(layer.w, layer.b) for layer in layers], run.updates)
+        return synthgrad.encode_weights(*run.published)
 
     add_page(app, run)
     synthgrad.serve(app, args.host, args.port, args.token)
@@ -248,7 +259,8 @@ def learn(run, x, y, progress):
                     lambda: learning_rate(run.updates, args), args.momentum,
                     minibatches(len(x), args.batch_size, run.examples, args.seed))
     before, start, due = run.seconds, time.perf_counter(), args.snapshot_seconds
-    with tqdm(total=total, initial=run.examples, unit=" examples", unit_scale=True, mininterval=0.5) as bar:
+    with (contextlib.suppress(synthgrad.Stopped),
+          tqdm(total=total, initial=run.examples, unit=" examples", unit_scale=True, mininterval=0.5) as bar):
         while run.examples < total and not run.stop:
             count = next(updates)
             run.examples += count
@@ -263,10 +275,9 @@ def learn(run, x, y, progress):
                 due = elapsed + args.snapshot_seconds
                 run.take_snapshot(progress)
                 bar.set_postfix_str(f"epoch {run.row['epoch']:.1f}, held-out MSE {run.row['test_mse']:.4f}")
-        sender.close(timeout=5)
-    stopped, run.stop = bool(run.stop), False
-    if stopped:
-        args.patience = min(args.patience, 5)  # one more snapshot, if the others are still there
+    sender.close(timeout=5)
+    if stopped := bool(run.stop):
+        run.stop, args.patience = False, min(args.patience, 5)  # one more snapshot, if the others are still there
     try:
         run.take_snapshot(progress)
     except synthgrad.NoAnswer as error:
@@ -285,18 +296,19 @@ def resume(run):
     for path in reversed(snapshots(run.args.progress_dir)):
         try:
             layers, row = read_snapshot(path)
-            mine, others = layers[:len(run.half)], layers[len(run.half):]
-            if [len(layer.w) for layer in mine] + [len(mine[-1].b)] != run.args.layers:
-                raise ValueError(f"{path} holds other layers than --layers {run.args.layers}")
-            run.examples, run.seconds, run.updates = row["examples"], row["seconds"], row["updates"]
-            run.output_weights = [(layer.w, layer.b) for layer in others], row["output_updates"]
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             print(f"{error}; using the one before", file=sys.stderr)
             continue
+        mine, others = layers[:len(run.half)], layers[len(run.half):]
+        if "output_updates" not in row or [len(layer.w) for layer in mine] + [len(mine[-1].b)] != run.args.layers:
+            raise ValueError(f"--resume: {path} is of a run with other layers than --layers {run.args.layers}")
         run.half[:] = mine
+        run.examples, run.seconds, run.updates = row["examples"], row["seconds"], row["updates"]
+        run.output_weights = weights_of(others, row["output_updates"])
         print(f"going on from {path}, {run.examples} examples", file=sys.stderr)
         return run.output_weights
     print(f"no snapshot in {run.args.progress_dir}: starting afresh", file=sys.stderr)
+    run.args.resume = False
 
 
 if __name__ == "__main__":
@@ -312,5 +324,6 @@ if __name__ == "__main__":
     parser.add_argument("--output-server", default="127.0.0.1:5002", help="%(default)s")
     parser.add_argument("--progress-dir", default="progress", help="%(default)s")
     parser.add_argument("--snapshot-seconds", type=float, default=5, help="%(default)s")
+    parser.add_argument("--patience", type=float, default=600, help="seconds to wait for another process (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest snapshot in --progress-dir")
     synthgrad.run(main, parser)

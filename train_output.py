@@ -146,9 +146,9 @@ def main(args, stop):
     synthgrad.serve(app, args.host, args.port, args.token)
     synthgrad.yield_to_servers()
     print(f"output trainer {args.layers} answers on {args.host}:{args.port}", flush=True)
-    oracle = synthgrad.OracleClient(args.oracle_server, args.token)
-    found = synthgrad.until_answered(oracle.status, f"the oracle at {oracle.url}", stop, args.patience,
-                                     pause=lambda: inbox.work(wait=True))
+    oracle = synthgrad.OracleClient(args.oracle_server, args.token, timeout=1)
+    found = synthgrad.until_answered(oracle.status, f"the oracle at {oracle.url}", stop,
+                                     pause=lambda: inbox.work(wait=True))  # true gradients are given meanwhile
     if found["layers"][0] != width:
         raise ValueError(f"the oracle guesses gradients of {found['layers'][0]} activations, but --layers begins with {width}")
     train(half, examples, inbox, sender.throw, args.batch_size, rng, stop)

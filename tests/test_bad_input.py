@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from synthgrad import MAX_BODY, encode, ndarray_to_json
-from tests.processes import Three, wait_until
+from synthgrad import MAX_BODY, MAX_EXAMPLES, encode, ndarray_to_json
+from tests.processes import Three, start, wait_until
 
 WIDTH = 24
 FIELDS = {"/estimate_gradients": ("h", "y"), "/provide_gradients": ("i", "h", "y", "gradients"),
@@ -96,7 +96,8 @@ def test_wrong_types_sizes_paths_and_methods(servers):
     body = json.dumps(good("/training_examples"))
     for wrong in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
         is_refused(servers, "/training_examples", body, (415,), wrong)
-    is_refused(servers, "/training_examples", b" " * (MAX_BODY + 1), (413,))
+    is_refused(servers, "/training_examples", b" " * (2 * MAX_EXAMPLES + 1), (413,))
+    is_refused(servers, "/weights", b" " * (MAX_BODY + 1), (413,), method="PUT")
     status, _ = request(servers, "output", "POST", "/training_examples", b"", json_type | {"Content-Length": "99999999999"})
     assert status == 413
     for method, path in (("GET", "/training_examples"), ("DELETE", "/weights"), ("POST", "/status"), ("PUT", "/status")):
@@ -119,6 +120,13 @@ def test_good_messages_are_taken_after_all_that(servers):
     by_hand = {"h": {"shape": [1, WIDTH], "values": [0.5] * WIDTH}, "y": {"shape": [1], "values": [1]}}
     status, answer = request(servers, "oracle", "POST", "/estimate_gradients", json.dumps(by_hand))
     assert status == 200 and json.loads(answer)["gradients"]["shape"] == [1, WIDTH]
+
+
+@pytest.mark.parametrize("secret", ["", " \n", "two words", "schlüssel", "a=b"])
+def test_a_token_that_no_header_can_carry_is_refused(secret, tmp_path):
+    (tmp_path / "token").write_text(secret)
+    assert start("train_output.py", "--token-file", tmp_path / "token", log=tmp_path / "log").wait(60) == 2
+    assert "token: expected a secret of letters, digits" in (tmp_path / "log").read_text()
 
 
 def test_a_token_is_insisted_on_and_sent(tmp_path, small_data):

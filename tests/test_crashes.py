@@ -47,6 +47,8 @@ def test_a_killed_output_trainer_gets_its_weights_back(run):
 def test_a_killed_input_trainer_resumes_and_passes_over_a_torn_snapshot(run):
     kill(run, "input")
     newest = snapshots(run.progress)[-1]
+    run.start("input", extra=["--resume", "--layers", 2, 8])
+    assert run.processes["input"].wait(60) == 2 and "other layers than --layers [2, 8]" in run.log("input")
     whole, count = newest.read_bytes(), len(run.metrics("seconds"))
     newest.write_bytes(whole[:len(whole) // 2])
     run.start("input", extra=["--resume"])

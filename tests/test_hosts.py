@@ -49,7 +49,7 @@ def hosts(request, tmp_path):
 @pytest.mark.parametrize("hosts, epochs, seconds", [((0, 0), 100, 0), ((0.02, 0.01), 20, 30)],
                          ids=["near", "20 ms and 1% loss"], indirect=["hosts"])
 def test_three_hosts_train_one_network(hosts, epochs, seconds, tmp_path, small_data):
-    (tmp_path / "token").write_text("a secret\n")
+    (tmp_path / "token").write_text("s3cret\n")
     oracle, output = (["--oracle-server", f"{ADDRESSES['oracle']}:5001"],
                       ["--output-server", f"{ADDRESSES['output']}:5002"])
     commands = {"oracle": ["oracle.py"], "output": ["train_output.py", *oracle],

@@ -38,6 +38,24 @@ def test_every_snapshot_becomes_a_picture_and_all_of_them_an_animation(tmp_path)
     assert np.asarray(Image.open(tmp_path / "learning_curves.png").convert("L")).std() > 5
 
 
+def test_runs_of_the_same_name_are_both_drawn_and_a_torn_newest_snapshot_is_left_out(tmp_path):
+    write_run(tmp_path / "a" / "run", [2, 5, 1])
+    write_run(tmp_path / "b" / "run", [2, 5, 1])
+    (tmp_path / "a" / "run" / "snapshot_000002.npz").write_bytes(b"torn")
+    done = plot(tmp_path, "a/run", "b/run")
+    assert done.returncode == 0 and Image.open(tmp_path / "learning.gif").n_frames == 2, done.stderr
+    both = (tmp_path / "learning_curves.png").read_bytes()
+    assert plot(tmp_path, "b/run").returncode == 0 and (tmp_path / "learning_curves.png").read_bytes() != both
+
+
+def test_a_folder_that_holds_no_run_is_never_moved_away(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("all I have")
+    with pytest.raises(ValueError, match="something other than a run"):
+        Progress(tmp_path / "thesis", ["seconds"])
+    assert (tmp_path / "thesis" / "chapter").exists()
+
+
 def test_other_than_two_inputs_cannot_be_drawn_and_it_says_so(tmp_path):
     write_run(tmp_path / "run", [3, 4, 1])
     done = plot(tmp_path, "run")

@@ -49,7 +49,7 @@ GOOD = ndarray_to_json(np.zeros((2, 3), "f"))
     {"shape": [2, 3], "values": [1, 2, 3]}, {"shape": [2, 3], "values": "123456"},
     {"shape": [2, 3], "values": [[1, 2, 3], [4, 5, 6]]}, {"shape": [2, 3], "values": [1, 2, 3, 4, 5, None]},
     {"shape": [2, 3], "values": [1, 2, 3, 4, 5, "6"]}, {"shape": [2, 3], "values": [1, 2, 3, 4, 5, 10**400]},
-    {"shape": [2, 3], "values": {"0": 1}}])
+    {"shape": [2, 3], "values": {"0": 1}}, {"shape": [2, 3], "values": ["x" * 10_000] + [""] * 100_000}])
 def test_malformed_arrays_are_refused_by_name(bad):
     with pytest.raises(Refused, match="^h: .*expected float32 of shape"):
         json_to_ndarray(bad, "float32", (2, 3), "h")
@@ -129,6 +129,8 @@ def test_a_client_survives_a_server_that_misbehaves(answer):
 def test_a_dead_server_is_no_answer_and_a_bad_address_is_an_error():
     with pytest.raises(NoAnswer, match="refused"):
         LayerClient("127.0.0.1:1").status()
+    with pytest.raises(NoAnswer, match=r"http://\[::1\]:1/status"):
+        LayerClient("[::1]:1").status()
     for bad in ("ftp://host:1", "http://", "host:port"):
         with pytest.raises(ValueError):
             LayerClient(bad)

@@ -3,9 +3,10 @@ import threading
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 
-from synthgrad import NoAnswer, Sender
+from synthgrad import Inbox, NoAnswer, Refused, Sender
 from tests.processes import wait_until
 from train_output import NewestPerIndex
 
@@ -85,6 +86,17 @@ def test_closing_is_bounded_when_the_server_hangs():
     sender.close(timeout=0.2)
     assert time.monotonic() - began < 2
     gate.open.set()
+
+
+def test_a_job_that_was_withdrawn_is_not_done_later():
+    inbox, done = Inbox(timeout=0.05), []
+    with pytest.raises(Refused, match="busy"):
+        inbox.ask(done.append, "late")
+    asker = threading.Thread(target=inbox.ask, args=(done.append, "in time"))
+    asker.start()
+    wait_until(lambda: inbox.work(wait=True) or done, "the other job to be done")
+    asker.join(10)
+    assert done == ["in time"]
 
 
 @settings(max_examples=200)

@@ -41,7 +41,7 @@ def grow(folder, name, width, fewer, more):
     """One of the two alone, filled in two stages: bytes per example over raw bytes, and µs per example at each."""
     folder.mkdir()
     with Three(folder, oracle=["--layers", width, width, "--keep", more, "--learning-rate", 1e-4],
-               output=["--layers", width, 12, 1, "--keep", more, "--learning-rate", 1e-3, "--patience", 3600]) as three:
+               output=["--layers", width, 12, 1, "--keep", more, "--learning-rate", 1e-3]) as three:
         three.start("oracle", "output")  # the output trainer begins when an oracle is there
         wait_until(lambda: (three.status("oracle") or {}).get("ready") and three.status("output"), "the processes", 120)
         sizes, times, done = [], [], 0
