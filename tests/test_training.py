@@ -6,6 +6,7 @@ import pytest
 
 from sgd import (Sigmoid, backprop, feed_forward, load_data, make_layers, mean_squared_error, read_snapshot,
                  snapshots)
+from synthgrad import LayerClient
 from tests.processes import Three, end, free_ports, start, wait_until
 from train_input import minibatches
 
@@ -81,6 +82,17 @@ def test_processes_that_do_not_fit_say_so(tmp_path, small_data):
         assert three.processes["output"].wait(60) == 2 and three.processes["input"].wait(60) == 2
     assert "gradients of 10 activations, but --layers begins with 8" in three.log("output")
     assert "--layers begin with 8, ours end with 24" in three.log("input") or "waiting for" in three.log("input")
+
+
+@pytest.mark.parametrize("who", ["output", "oracle"])
+def test_whoever_diverges_says_so_and_stops_before_the_others_are_poisoned(who, tmp_path, small_data):
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 10**6], **{who: ["--learning-rate", 1e5]}) as three:
+        three.start()
+        assert three.processes[who].wait(60) == 1
+        assert "diverged; try a lower --learning-rate" in three.log(who) and "Traceback" not in three.log(who)
+        (w, b), = LayerClient(f"127.0.0.1:{three.port('input')}").weights([2, 24])[0]
+        assert max(np.abs(w).max(), np.abs(b).max()) < 100
+        assert all(process.poll() is None for name, process in three.processes.items() if name != who)
 
 
 @pytest.mark.parametrize("script", ["generate.py", "sgd.py", "oracle.py", "train_output.py", "train_input.py", "plot.py"])
