@@ -1,8 +1,9 @@
 """`make bench-depth`: what one update of the input half costs, decoupled and update-locked, as the output half deepens.
 
 Batch 256, width 512, a linear oracle; once with the output trainer at hand, and with 10 and 50 ms of delay before it
-answers. Then the other side: held-out MSE against seconds, on networks of up to six hidden layers. Writes a table and
-pictures into bench_depth/, where finished training runs are kept. About a quarter of an hour.
+answers. Then the other side: held-out MSE against seconds, on networks of up to six hidden layers and a problem where
+layer 1 matters: the default target, with eight columns of noise beside the two that count. Writes a table and pictures
+into bench_depth/, where finished training runs are kept. About a quarter of an hour.
 """
 import tempfile
 from pathlib import Path
@@ -16,13 +17,14 @@ from tests.processes import DelayingProxy, Three, end, free_ports, wait_until
 
 DEPTHS, DELAYS, WIDTH = (1, 2, 4, 8, 16), (0, 10, 50), 512  # hidden layers of the output half; milliseconds
 SECONDS = 5        # of each measurement
-LEARNING = 40      # seconds of training for the curves
+LEARNING, COLUMNS = 40, 10  # seconds of training for the curves, on inputs of so many columns
 RUNS = {  # name: gradients, layers of the input half, hidden layers of the output half, milliseconds of delay
     "true gradients": ("true", 1, 5, 0),
     "synthetic gradients": ("synthetic", 1, 5, 0),
     "zero gradients": ("zero", 1, 5, 0),
     "true, 50 ms late": ("true", 1, 5, 50),
     "synthetic, 50 ms late": ("synthetic", 1, 5, 50),
+    "zero, 50 ms late": ("zero", 1, 5, 50),
     "true, one hidden layer in all": ("true", 1, 0, 0),
     "true, cut after layer 3": ("true", 3, 3, 0),
     "synthetic, cut after layer 3": ("synthetic", 3, 3, 0),
@@ -69,15 +71,24 @@ def measure_updates(folder, bar):
     return results
 
 
-def learn(folder, gradients, depth, rest, delay):
+def noisy_data(folder):
+    """Paths of x.npy with eight more columns, of noise, and of y.npy."""
+    x = np.load(DATA[0])
+    noise = np.random.default_rng(0).uniform(-1, 1, (len(x), COLUMNS - x.shape[1])).astype(np.float32)
+    np.save(folder / "x.npy", np.column_stack([x, noise]))
+    return folder / "x.npy", DATA[1]
+
+
+def learn(folder, data, gradients, depth, rest, delay):
     """One of RUNS: hidden layers of 64, and the oracle 64-64-64."""
-    # Undelayed and unguessed gradients can take the rate and the momentum of ordinary minibatch SGD.
-    rates = [0.1, "--momentum", 0.9, "--warm-up", 0, "--decay", 200_000] if gradients == "true" else [1.0]
+    # Unguessed gradients can take the rate and the momentum of ordinary minibatch SGD.
+    rates = ([0.1, "--momentum", 0.9, "--warm-up", 0, "--decay", 200_000] if gradients == "true"
+             else [1.0 if depth == 1 else 0.1])
     where = behind_a_proxy()
     where["proxy"].delay = delay / 1e3
-    run_three(folder, LEARNING, oracle=["--layers", 64, 64, 64],
+    run_three(folder, LEARNING, data=data, oracle=["--layers", 64, 64, 64],
               output=["--layers", *[64] * (rest + 1), 1, "--learning-rate", 0.1],
-              input=["--layers", 2, *[64] * depth, "--gradients", gradients, "--snapshot-seconds", 2,
+              input=["--layers", COLUMNS, *[64] * depth, "--gradients", gradients, "--snapshot-seconds", 2,
                      "--learning-rate", *rates], **where)
     where["proxy"].close()
 
@@ -99,10 +110,10 @@ def draw_updates(figure, results):
 def main():
     folder = Path("bench_depth")
     folder.mkdir(exist_ok=True)
-    runs = {}
+    runs, data = {}, noisy_data(folder)
     with tqdm(total=len(DEPTHS) * len(DELAYS) * 2 + len(RUNS), unit="part") as bar:
         for name, options in RUNS.items():
-            runs[name] = kept(folder, name, lambda place: learn(place, *options))
+            runs[name] = kept(folder, name, lambda place: learn(place, data, *options))
             bar.update()
         with tempfile.TemporaryDirectory() as temporary:
             results = measure_updates(Path(temporary), bar)
@@ -118,7 +129,7 @@ def main():
               "| run | network, cut at \\| | held-out MSE | updates of the input half |", "| --- | --- | --- | --- |"]
     for name, metrics in runs.items():
         _, depth, rest, _ = RUNS[name]
-        network = "-".join(map(str, [2, *[64] * depth])) + " \\| " + "-".join(map(str, [*[64] * rest, 1]))
+        network = "-".join(map(str, [COLUMNS, *[64] * depth])) + " \\| " + "-".join(map(str, [*[64] * rest, 1]))
         lines.append(f"| {name} | {network} | {np.median(metrics['test_mse'][-3:]):.4f} | "
                      f"{metrics['examples'][-1] / 100:,.0f} |")
     table = "\n".join(lines) + "\n"

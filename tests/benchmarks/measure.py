@@ -41,7 +41,8 @@ def kept(folder, name, run):
     return read_metrics(place / "progress")
 
 
-def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), watch=None, timeout=3600, **where):
+def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), watch=None, timeout=3600, data=DATA,
+              **where):
     """One decoupled run, which ends by itself or after `seconds` of training; returns its metrics.
 
     `watch(three)` is called every half second while it trains; `where` is Three's ports and proxy.
@@ -50,7 +51,7 @@ def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), watc
     seeds = ["--seed", seed]
     endless = ["--num-epochs", 10**6] if seconds else []
     with Three(folder, oracle=[*oracle, *seeds], output=[*output, *seeds],
-               input=[*DATA, *endless, *input, *seeds], **where) as three:
+               input=[*data, *endless, *input, *seeds], **where) as three:
         three.start()
         wait_until(lambda: (three.status("input") or {}).get("seconds"), f"training to start ({folder})", DEADLINE)
 
