@@ -202,7 +202,8 @@ class Client:
             raise NoAnswer(f"{self.url}{path}: {type(error).__name__}: {error}") from None
         if not isinstance(answer, dict) or response.status != 200 and not 400 <= response.status < 500:
             self.connection.close()
-            raise NoAnswer(f"{self.url}{path}: status {response.status}, and not the JSON that was expected")
+            said = isinstance(answer, dict) and answer.get("error")
+            raise NoAnswer(f"{self.url}{path}: {said or f'status {response.status}, and not the JSON that was expected'}")
         if response.status != 200:
             raise Refused(f"{self.url}{path}: {answer.get('error', response.status)}", response.status)
         return answer
