@@ -181,9 +181,9 @@ class Progress:
         self.folder, self.metrics = Path(folder), Path(folder) / "metrics.csv"
         if self.folder.is_dir() and any(self.folder.iterdir()) and not resume:
             old = self.folder.with_name(self.folder.name + ".old")
-            for folder in (self.folder, old):
-                if folder.exists() and not (folder / "metrics.csv").exists():
-                    raise ValueError(f"{folder} holds something other than a run; --progress-dir chooses another folder")
+            for place in (self.folder, old):
+                if place.exists() and not (place / "metrics.csv").exists():
+                    raise ValueError(f"{place} holds something other than a run; --progress-dir chooses another folder")
             shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
             print(f"{folder} held an earlier run: moved to {old}")

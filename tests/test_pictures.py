@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sgd import Progress, make_layers
+from sgd import Progress, make_layers, snapshots
 from tests.processes import ROOT, Three, wait_until
 
 
@@ -46,6 +46,14 @@ def test_runs_of_the_same_name_are_both_drawn_and_a_torn_newest_snapshot_is_left
     assert done.returncode == 0 and Image.open(tmp_path / "learning.gif").n_frames == 2, done.stderr
     both = (tmp_path / "learning_curves.png").read_bytes()
     assert plot(tmp_path, "b/run").returncode == 0 and (tmp_path / "learning_curves.png").read_bytes() != both
+
+
+def test_an_earlier_run_is_moved_away_and_the_next_one_counts_from_zero(tmp_path, capsys):
+    write_run(tmp_path / "run", [2, 5, 1], rows=3)
+    write_run(tmp_path / "run", [2, 5, 1], rows=1)
+    assert [path.stem for path in snapshots(tmp_path / "run")] == ["snapshot_000000"]
+    assert len(snapshots(tmp_path / "run.old")) == 3
+    assert f"{tmp_path / 'run'} held an earlier run: moved to {tmp_path / 'run.old'}" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_no_run_is_never_moved_away(tmp_path):
