@@ -71,6 +71,7 @@ class Run:
         self.seconds, self.row, self.version, self.sender = 0.0, {}, 0, None
         self.state, self.looked = "waiting for the other two processes", float("-inf")  # when a page last asked
         self.latencies = collections.deque(maxlen=1000)  # seconds that the oracle took to answer
+        self.published = weights_of(half, 0)  # what GET /weights answers: the newest snapshot's
 
     # -- gradients, from one of three sources --
 
@@ -229,7 +230,6 @@ def main(args, stop):
     half = make_layers(args.layers, np.random.default_rng(args.seed), last=Sigmoid)
     run = Run(args, stop, half, x_test, y_test)
     output_half = resume(run) if args.resume else None
-    run.published = weights_of(half, run.updates)
     app = synthgrad.make_app("input trainer", run.status, args.token)
 
     @app.get("/weights")
@@ -304,7 +304,7 @@ def resume(run):
             raise ValueError(f"--resume: {path} is of a run with other layers than --layers {run.args.layers}")
         run.half[:] = mine
         run.examples, run.seconds, run.updates = row["examples"], row["seconds"], row["updates"]
-        run.output_weights = weights_of(others, row["output_updates"])
+        run.published, run.output_weights = weights_of(mine, row["updates"]), weights_of(others, row["output_updates"])
         print(f"going on from {path}, {run.examples} examples", file=sys.stderr)
         return run.output_weights
     print(f"no snapshot in {run.args.progress_dir}: starting afresh", file=sys.stderr)

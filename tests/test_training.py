@@ -139,6 +139,7 @@ def test_a_port_in_use_and_a_bad_option_are_one_line_and_exit_code_2(tmp_path, s
     finally:
         end(first)
     for bad in (["--layers", "24"], ["--layers", "0", "1"], ["--batch-size", "0"], ["--learning-rate", "-1"],
-                ["--port", "99999"], ["--layers", "24", "12", "2"], ["--decay", "0"], ["--keep", "0"], ["--momentum", "nan"], ["--oracle-server", "ftp://x"]):
+                ["--port", "99999"], ["--layers", "24", "12", "2"], ["--decay", "0"], ["--keep", "0"],
+                ["--momentum", "nan"], ["--oracle-server", "ftp://x"]):
         assert start("train_output.py", *bad, log=tmp_path / "bad").wait(60) == 2
     assert "Traceback" not in (tmp_path / "bad").read_text()

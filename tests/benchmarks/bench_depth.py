@@ -101,8 +101,8 @@ def draw_updates(figure, results):
         axes.plot(DEPTHS, milliseconds, "-o" if gradients == "synthetic" else "--s", color=color,
                   label=f"{'decoupled' if gradients == 'synthetic' else 'update-locked'}, {delay} ms of delay")
     axes.set(xscale="log", yscale="log", xlabel="hidden layers of the output half (width 512)",
-             ylabel="one update of the input half, ms (batch 256)", xticks=DEPTHS, xticklabels=DEPTHS, yticks=(20, 50, 100, 200),
-             yticklabels=(20, 50, 100, 200), ylim=(15, 250))
+             ylabel="one update of the input half, ms (batch 256)", xticks=DEPTHS, xticklabels=DEPTHS,
+             yticks=(20, 50, 100, 200), yticklabels=(20, 50, 100, 200), ylim=(15, 250))
     axes.minorticks_off()
     axes.grid(True, alpha=0.25)
     axes.legend(fontsize=8)

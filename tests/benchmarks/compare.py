@@ -36,8 +36,8 @@ def run(folder, name, seed, epochs):
     else:
         extra = TRUE if name == "true gradients" else []
         output = ["--learning-rate", 0.2] if extra else []
-        run_three(folder, None, seed, oracle, output, [*input, *extra, "--num-epochs", epochs,
-                                                            "--snapshot-seconds", 2])
+        run_three(folder, None, seed, oracle, output,
+                  [*input, *extra, "--num-epochs", epochs, "--snapshot-seconds", 2])
 
 
 def cell(values, form):
