@@ -1,14 +1,15 @@
-"""Make the training data: a lumpy function on [-1, 1]^2, sampled uniformly.
+"""Make the training data: a lumpy function on [-1, 1]², sampled uniformly; or handwritten digits.
 
-The target has no significance. It is smooth enough to learn and lumpy enough that a network must work for it.
+    python generate.py                      # the function: x.npy, y.npy and target.png
+    python generate.py --digits             # MNIST, which Keras downloads once
+    python generate.py --digits FILE.npz    # from a file in the form of Keras' mnist.npz
 
-    python generate.py                      # writes x.npy, y.npy and target.png
-
-x.npy holds the inputs, (num_examples, 2) float32; y.npy the target at each of them, (num_examples,) float32.
+x.npy holds the inputs, (n, 2) or (n, 784) float32; y.npy the target at each of them, (n,): float32 numbers, or int64
+classes. The function has no significance: it is smooth enough to learn and lumpy enough that a network must work for it.
 train_input.py and sgd.py read these two files; plot.py calls target() to draw the right answer.
 """
 import argparse
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,39 +31,75 @@ def sample(num_examples, seed):
     return x, target(x).astype(np.float32)
 
 
-def draw(path):
-    """Draw the target as filled contours."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def digits(path):
+    """MNIST: x (n, 784) float32 from 0 to 1, y (n,) int64, and how many at the end are its own test set.
 
+    ValueError if Keras cannot download it, or if the file is not in its form.
+    """
+    names = "x_train", "y_train", "x_test", "y_test"
+    if path:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                x, y, x_test, y_test = (file[name] for name in names)
+        except (ValueError, KeyError, EOFError) as error:
+            raise ValueError(f"{path}: expected an .npz file of {', '.join(names)} ({error})") from None
+    else:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        from keras.datasets import mnist
+        try:
+            (x, y), (x_test, y_test) = mnist.load_data()
+        except Exception as error:  # whatever the downloader raises
+            raise ValueError("MNIST cannot be downloaded here; --digits FILE.npz takes it from a file in the form of "
+                             f"Keras' mnist.npz ({str(error).splitlines()[0][:100]})") from None
+    x = np.concatenate([x, x_test]).reshape(-1, x[0].size).astype(np.float32) / 255
+    return x, np.concatenate([y, y_test]).astype(np.int64), len(x_test)
+
+
+def draw_target(figure):
+    """The function as filled contours."""
     axis = np.linspace(-1, 1, 300)
     z = target(np.stack(np.meshgrid(axis, axis), axis=-1))
-    figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
+    axes = figure.subplots()
     contours = axes.contourf(axis, axis, z, levels=np.linspace(-1, 1, 21), cmap="cividis", extend="both")
     figure.colorbar(contours, label="target z")
     axes.set(title="The function to learn", xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xticks=(-1, -0.5, 0, 0.5, 1))
-    figure.savefig(path, dpi=110)
+
+
+def draw_digits(figure, x, y):
+    """The first digits, under their labels."""
+    for axes, image, label in zip(figure.subplots(4, 6).flat, x, y):
+        axes.imshow(image.reshape(28, 28), cmap="gray_r")
+        axes.set_title(label, fontsize=9)
+        axes.axis("off")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-examples", type=int, default=200_000, help="how many points to draw (%(default)s)")
+    parser.add_argument("--digits", nargs="?", const="", metavar="FILE.npz", help="MNIST instead: downloaded, or from a file")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
     parser.add_argument("--dir", type=Path, default=Path("."), help="where to write (the current folder)")
     args = parser.parse_args()
     if args.num_examples < 1 or args.seed < 0:
         parser.error("--num-examples must be at least 1 and --seed at least 0")
+    from matplotlib.figure import Figure
+    figure = Figure((5.6, 4.6), layout="constrained")
     try:
-        x, y = sample(args.num_examples, args.seed)
+        if args.digits is None:
+            x, y = sample(args.num_examples, args.seed)
+            draw_target(figure)
+            about = f"variance of the target {y.var():.3f}"
+        else:
+            x, y, held_out = digits(args.digits)
+            draw_digits(figure, x, y)
+            about = f"MNIST's own test set is the last ones: train with --held-out {held_out}"
         np.save(args.dir / "x.npy", x)
         np.save(args.dir / "y.npy", y)
-        draw(args.dir / "target.png")
-    except OSError as error:
-        parser.exit(2, f"generate.py: cannot write: {error}\n")
-    print(f"{len(x)} examples, variance of the target {y.var():.3f}: "
-          f"{args.dir / 'x.npy'}, {args.dir / 'y.npy'}, {args.dir / 'target.png'}")
+        figure.savefig(args.dir / "target.png", dpi=110)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"generate.py: {error}\n")
+    print(f"{len(x)} examples, {about}: {args.dir / 'x.npy'}, {args.dir / 'y.npy'}, {args.dir / 'target.png'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,190 +4,158 @@
     python oracle.py --layers 24 24             # a linear oracle
     python oracle.py --condition-on-labels      # sees y as well: the paper's cDNI (section 3.1)
 
-train_output.py throws examples (h, y, g) at it, with the true gradients g. It keeps the newest of them, because
+train_output.py throws examples (h, y, g, clock) at it, with the true gradients g. It keeps the newest of them, because
 gradients age as the network learns, and trains over them in a loop, minimising the mean of (ĝ − g)² (paper, eq. 5).
 train_input.py asks it for ĝ(h) and waits: that question is the critical path of the whole system.
 """
-import contextlib
-import ctypes
-import os
-import threading
-import time
-
+import plumbing  # first, see there
 import numpy as np
 
-import synthgrad
+from plumbing import exchange, serving
+from synthgrad import Gradients, Question, Refused, encode
 
-STEPS = 50    # minibatches in one call of the compiled training function: about 3 ms
-TRUST = 10    # questions answered after the last news of true gradients; a guess older than that is worth nothing
-
-
-@contextlib.contextmanager
-def quiet():
-    """Keep TensorFlow's C++ greetings, which no setting silences, off the terminal."""
-    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        os.close(nowhere)
+STEPS = 20    # minibatches in one call of the compiled training function: 2 ms
 
 
-class NewestExamples:
-    """The newest `capacity` examples; the oldest are dropped. Server threads write, the training loop reads: both
-    hold the lock, for as long as it takes to copy a few rows, so that nobody waits for a training step."""
+def make_model(dims):
+    """[24, 12, 24] -> a Keras model h -> ĝ. Its last layer starts at zero, and so do the guesses (paper, section 3)."""
+    import keras
+    return keras.Sequential([keras.Input((dims[0],)),
+                             *(keras.layers.Dense(width, activation="tanh") for width in dims[1:-1]),
+                             keras.layers.Dense(dims[-1], kernel_initializer="zeros")])
 
-    def __init__(self, capacity, width):
-        self.rows = np.empty((capacity, width), np.float32)  # h and g side by side: one gather fetches both
-        self.received = self.stored = self.dropped = 0
-        self.lock = threading.Lock()
 
-    def add(self, h, g):
-        """h (batch, input_dim), g (batch, output_dim), together as wide as a row."""
-        capacity = len(self.rows)
-        with self.lock:
-            slots = np.arange(self.received, self.received + len(h))[-capacity:] % capacity
-            self.rows[slots] = np.column_stack([h[-capacity:], g[-capacity:]])
-            self.received += len(h)
-            self.stored = min(self.received, capacity)
-            self.dropped = self.received - self.stored
+def loss(model, h, g):
+    """The mean of (ĝ(h) − g)²: h (batch, input_dim), g (batch, width) (paper, eq. 5)."""
+    import tensorflow as tf
+    return tf.reduce_mean(tf.square(model(h, training=True) - g))
 
-    def minibatches(self, shape, rng):
-        """Examples drawn at random with replacement: (*shape, input_dim + output_dim)."""
-        with self.lock:
-            return self.rows.take(rng.integers(self.stored, size=shape), axis=0, mode="clip")  # twice as fast as [...]
+
+def compiled_training(model, learning_rate, batch_size):
+    """STEPS steps of Adam as one call, compiled by XLA: (h, g) (STEPS · batch, dim) -> the mean loss.
+
+    As one call because it runs without Python's lock, so that the threads that answer questions are not starved, and
+    because Keras' own train_on_batch takes longer for one step than this for all of them. The first call compiles it.
+    """
+    import keras
+    import tensorflow as tf
+    optimizer = keras.optimizers.Adam(learning_rate)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(jit_compile=True)
+    def train(h, g):
+        h, g = (tf.reshape(each, (STEPS, batch_size, each.shape[1])) for each in (h, g))
+
+        def step(k, total):
+            with tf.GradientTape() as tape:
+                value = loss(model, h[k], g[k])
+            optimizer.apply(tape.gradient(value, model.trainable_variables))
+            return k + 1, total + value
+
+        return tf.while_loop(lambda k, _: k < STEPS, step, (0, 0.0))[1] / STEPS
+
+    nothing = [tf.zeros((STEPS * batch_size, dim)) for dim in (model.input_shape[1], model.output_shape[1])]
+    train(*nothing)  # compiles; from zero gradients it learns nothing
+    return train
 
 
 class Oracle:
-    """A Keras model between two changes of scale.
+    """The model between two changes of scale: it sees h standardised, and learns g divided by the gradients' present
+    root mean square, for true gradients shrink as the network learns, and the model should not have to follow that.
 
-    It sees h standardised, and learns g divided by the gradients' present root mean square: true gradients shrink
-    as the network learns, and the model should not have to follow that. Its last layer starts at zero, so that the
-    first guesses are zero gradients (paper, section 3).
+    The training loop owns all of it, but for `published`, which it replaces whole and guess() reads.
     """
 
     def __init__(self, dims, learning_rate, batch_size, seed):
-        for name, value in (("TF_CPP_MIN_LOG_LEVEL", "3"), ("CUDA_VISIBLE_DEVICES", ""),  # so small a model is fastest
-                            ("TF_NUM_INTRAOP_THREADS", "1"), ("TF_NUM_INTEROP_THREADS", "1")):  # on one core
-            os.environ.setdefault(name, value)
-        with quiet():
-            import tensorflow as tf  # here, because it takes seconds: --help and errors need not wait
-            tf.zeros(())
-        keras = tf.keras
+        import keras
         keras.utils.set_random_seed(seed)
-        model = keras.Sequential([keras.Input((dims[0],)),
-                                  *(keras.layers.Dense(width, activation="tanh") for width in dims[1:-1]),
-                                  keras.layers.Dense(dims[-1], kernel_initializer="zeros")])
-        optimizer = keras.optimizers.Adam(learning_rate)
-        optimizer.build(model.trainable_variables)
+        self.model = make_model(dims)
+        self.step = compiled_training(self.model, learning_rate, batch_size)
+        self.moments, self.updates = None, 0
+        self.published = None
 
-        @tf.function(jit_compile=True)  # one call without Python's lock, so that the threads that answer are never starved
-        def train(examples):
-            h, g = tf.split(examples, (dims[0], dims[-1]), -1)
-            mean, deviation = tf.reduce_mean(h, (0, 1)), tf.math.reduce_std(h, (0, 1)) + 1e-3
-            scale = tf.sqrt(tf.reduce_mean(tf.square(g))) + 1e-12
-            h, g = (h - mean) / deviation, g / scale
-
-            def step(k, total):
-                with tf.GradientTape() as tape:
-                    loss = tf.reduce_mean(tf.square(model(h[k], training=True) - g[k]))
-                optimizer.apply(tape.gradient(loss, model.trainable_variables))
-                return k + 1, total + loss
-
-            _, total = tf.while_loop(lambda k, _: k < STEPS, step, (0, 0.0))
-            return total / STEPS, scale, mean, deviation, *(weight.value for weight in model.trainable_variables)
-
-        self.model, self.batch_size, self.updates = model, batch_size, 0
-        nothing = tf.zeros((STEPS, batch_size, dims[0] + dims[-1]))
-        self._tensor, self._train = tf.constant, train.get_concrete_function(nothing)
-        self._train(nothing)  # compiles; learns nothing from zero gradients
-        with contextlib.suppress(OSError, AttributeError):  # where there is glibc: what the compiler used, 50 MB
-            ctypes.CDLL(None).malloc_trim(0)
-        self._publish(np.float32(0), np.zeros(dims[0], np.float32), np.ones(dims[0], np.float32), *model.get_weights())
-
-    def _publish(self, scale, mean, deviation, *weights):
-        """Take over what guess() needs, whole, by one assignment."""
-        self.published = scale, mean, deviation, list(zip(weights[::2], weights[1::2]))
+    def train(self, h, g, clock):
+        """STEPS minibatches; returns the loss as a fraction: 0 is a perfect guess, 1 no better than zeros."""
+        moments = h.mean(axis=0), h.std(axis=0) + 1e-3, np.sqrt(np.mean(g**2)) + 1e-12
+        if self.moments:  # over the last ten calls or so, for those of one call are noisy
+            moments = [old + np.float32(0.1) * (new - old) for old, new in zip(self.moments, moments)]
+        mean, deviation, scale = self.moments = moments
+        value = float(self.step((h - mean) / deviation, g / scale))
+        if not value < 1e6:  # NaN, too
+            raise FloatingPointError("the oracle diverged; try a lower --learning-rate")
+        self.updates += STEPS
+        self.published = int(clock.max()), self.moments, self.model.get_weights()
+        return value
 
     def guess(self, h):
-        """ĝ: (batch, input_dim) -> (batch, output_dim).
+        """ĝ (batch, width) at h (batch, input_dim), and the newest clock that it was learned from.
 
-        The Keras model's own arithmetic, on a copy of its weights, in NumPy: 0.03 ms, where a compiled TensorFlow
-        call takes 0.4 ms, and 2.4 ms behind a training step (2 cores, 100 × 24).
+        The Keras model's own arithmetic, on a copy of its weights, in NumPy: 0.03 ms, where a compiled TensorFlow call
+        takes 0.4 ms, and 2.4 ms behind a training step (2 cores, 100 × 24).
         """
-        scale, mean, deviation, (*hidden, (w, b)) = self.published
+        learned, (mean, deviation, scale), weights = self.published
         h = (h - mean) / deviation
+        *hidden, (w, b) = zip(weights[::2], weights[1::2])
         for hidden_w, hidden_b in hidden:
             h = np.tanh(h @ hidden_w + hidden_b)
-        return scale * (h @ w + b)
-
-    def train(self, examples, rng):
-        """STEPS minibatches; returns the loss as a fraction: 0 is a perfect guess, 1 no better than zeros."""
-        minibatches = self._tensor(examples.minibatches((STEPS, self.batch_size), rng))
-        loss, *results = (result.numpy() for result in self._train(minibatches))
-        if not loss < 1e6:  # NaN, too
-            raise FloatingPointError("the oracle diverged; try a lower --learning-rate")
-        self._publish(*results)
-        self.updates += STEPS
-        return float(loss)
+        return scale * (h @ w + b), learned
 
 
 def main(args, stop):
-    dims = [args.layers[0] + args.condition_on_labels, *args.layers[1:]]
     if args.layers[0] != args.layers[-1]:
         raise ValueError(f"--layers {args.layers}: the first and the last must be equal, the width of h and of dL/dh")
-    examples = NewestExamples(args.keep, dims[0] + dims[-1])
-    oracle, loss, answered, withheld, fresh_until = None, None, 0, 0, 0
+    if STEPS * args.batch_size > args.keep * args.replay:
+        raise ValueError(f"--keep times --replay must be at least {STEPS} times --batch-size: it trains so many at a time")
+    width, k = args.layers[0], args.condition_on_labels
+    examples = exchange.NewestExamples(args.keep, args.replay)
+    oracle, value, answered = None, None, 0
 
     def model_input(h, y):
-        return np.column_stack([h, y]) if args.condition_on_labels else h
+        if not k:
+            return h
+        if y.shape[1] != k:
+            raise Refused(f"this oracle was started with --condition-on-labels {k}, but y has a width of {y.shape[1]}", 400)
+        return np.column_stack([h, y])
 
     def status():
-        return {"layers": args.layers, "condition_on_labels": args.condition_on_labels,
-                "ready": oracle is not None,
-                "updates": oracle.updates if oracle else 0, "loss": loss,
-                "answered": answered, "withheld": withheld, "received": examples.received, "stored": examples.stored,
-                "dropped": examples.dropped}
+        return {"layers": args.layers, "condition_on_labels": k, "ready": oracle is not None,
+                "updates": oracle.updates if oracle else 0, "loss": value, "answered": answered,
+                "learned": oracle and oracle.published and oracle.published[0], "examples": examples.counters()}
 
-    app = synthgrad.make_app("oracle", status, args.token)
+    app = serving.make_app("oracle", status, args)
 
     @app.post("/estimate_gradients")
     def estimate_gradients():
-        nonlocal answered, withheld
-        h, y = synthgrad.read(h=(args.layers[0],), y=())
+        nonlocal answered
+        h, y = serving.message(Question, h=width)
+        h = model_input(h, y)
         if oracle is None:
-            raise synthgrad.Refused("TensorFlow is still starting", 503)
+            raise Refused("TensorFlow is still starting", 503)
         answered += 1
-        if answered > fresh_until:  # whoever keeps following old gradients runs away from a network that cannot follow
-            withheld += 1
-            return synthgrad.encode(gradients=np.zeros_like(h))
-        return synthgrad.encode(gradients=oracle.guess(model_input(h, y)))
+        gradients, learned = oracle.guess(h) if oracle.published else (np.zeros((len(h), width), np.float32), None)
+        return serving.as_json(encode(gradients=gradients, learned=learned))
 
     @app.post("/provide_gradients")
     def provide_gradients():
-        _, h, y, g = synthgrad.read(i=(), h=(args.layers[0],), y=(), gradients=(dims[-1],))
-        examples.add(model_input(h, y), g)
+        _, h, y, clock, g = serving.message(Gradients, h=width, gradients=width)
+        examples.add(model_input(h, y), g, clock)
         return {"accepted": len(h)}
 
-    synthgrad.serve(app, args.host, args.port, args.token)
-    synthgrad.yield_to_servers()
-    oracle = Oracle(dims, args.learning_rate, args.batch_size, args.seed)
-    rng, rest = np.random.default_rng(args.seed), synthgrad.Rest()
+    serving.serve(app, args)
+    rng = np.random.default_rng([args.seed, 3])
+    oracle = Oracle([width + k, *args.layers[1:]], args.learning_rate, args.batch_size,
+                    seed=int(rng.integers(2**31)))
     print(f"oracle {args.layers} answers on {args.host}:{args.port}", flush=True)
-    seen = 0
-    while not stop:
-        if rest.due(examples.received):
-            time.sleep(0.05)
-            continue
-        if examples.received > seen:
-            seen, fresh_until = examples.received, answered + TRUST
-        loss = oracle.train(examples, rng)
+    while not stop.is_set():
+        if drawn := examples.draw(STEPS * args.batch_size, rng):
+            value = oracle.train(*drawn)
+        else:
+            examples.wait(STEPS * args.batch_size, seconds=0.2)
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5001, [24, 12, 24], learning_rate=0.005)
-    parser.add_argument("--condition-on-labels", action="store_true", help="guess from y too (cDNI)")
-    parser.add_argument("--keep", type=int, default=2000, help="newest examples to learn from (%(default)s)")
-    synthgrad.run(main, parser)
+    parser = serving.argument_parser(__doc__, 5001, layers=[24, 12, 24], learning_rate=0.005, batch_size=100, keep=2000,
+                                     replay=8, seed=0)
+    parser.add_argument("--condition-on-labels", type=serving.number(int, 1), nargs="?", const=1, default=0, metavar="K",
+                        help="guess from y too, whose width is K (cDNI; %(const)s if K is not given)")
+    serving.run(main, parser)

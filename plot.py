@@ -2,17 +2,15 @@
 
     python plot.py                              # every folder here that holds a run
     python plot.py progress sgd_progress        # these runs, overlaid and named by their folders
+    python plot.py --live                       # a page that follows progress/: http://127.0.0.1:5004/
 
 Writes learning_curves.png with all runs; and of the first run one picture of the learned surface per snapshot, beside
-the target, into synthetic_plots/, and learning.gif, the surface being learned. train_input.py lets it draw for the
-live page (--live), in a process of its own, so that drawing does not hold up the training.
+the target, into synthetic_plots/, and learning.gif, the surface being learned. The live page is a process of its own:
+it asks the three for their /status and reads the run's folder, and nobody waits for it.
 """
 import argparse
-import csv
 import io
-import os
-import struct
-import subprocess
+import json
 import sys
 import threading
 from pathlib import Path
@@ -21,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from generate import target
-from sgd import feed_forward, read_snapshot, snapshots
+from plumbing.runs import read_metrics, read_snapshot, snapshots
+from sgd import feed_forward, layers_from_weights
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and line styles for those who print in grey.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -29,20 +28,12 @@ STYLES = [(COLORS[n % 7], ("-", "--", ":")[n % 3]) for n in range(21)]
 AXIS = np.linspace(-1, 1, 121, dtype=np.float32)
 GRID = np.stack(np.meshgrid(AXIS, AXIS), axis=-1)  # (121, 121, 2)
 LEVELS = np.linspace(-1, 1, 21)
-LIVE_SIZES = {"surface": (8, 3.6), "curves": (8, 4.5), "surface-tall": (4, 8), "curves-tall": (4, 8)}  # inches
-
-
-def read_metrics(folder):
-    """metrics.csv as a dict of arrays, column -> (rows,); cells that are no numbers become NaN."""
-    with open(Path(folder) / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-
-    def number(cell):
-        try:
-            return float(cell)
-        except (TypeError, ValueError):
-            return np.nan
-    return {column: np.array([number(row[column]) for row in rows]) for column in (rows[0] if rows else ())}
+LIVE_SIZES = {"surface": (8, 3.6), "curves": (8, 6), "surface-tall": (4, 8), "curves-tall": (4, 10)}  # inches
+CURVES = {  # column: label, scale, limits
+    "test_mse": ("held-out MSE", "log", (None, None)),
+    "test_error": ("held-out error", "log", (None, None)),
+    "gradient_cosine": ("cosine of ĝ and g", "linear", (-0.3, 1)),
+    "staleness": ("staleness,\nupdates", "linear", (0, None))}
 
 
 def is_tall(figure):
@@ -50,10 +41,10 @@ def is_tall(figure):
     return figure.get_figheight() > figure.get_figwidth()
 
 
-def draw_surface(figure, layers, row):
+def draw_surface(figure, weights, row):
     """The learned surface beside the target, on the same colour scale; above it on a figure that is tall."""
     axes = figure.subplots(*((2, 1) if is_tall(figure) else (1, 2)), sharex=True, sharey=True)
-    learned = feed_forward(layers, GRID.reshape(-1, 2)).reshape(GRID.shape[:2])
+    learned = feed_forward(layers_from_weights(weights), GRID.reshape(-1, 2)).reshape(GRID.shape[:2])
     name = f"learned: {row['examples'] / 1e6:.2f} million examples,\n{row['seconds']:.0f} s, MSE {row['test_mse']:.4f}"
     for ax, z, title in zip(axes, (learned, target(GRID)), (name, "target")):
         contours = ax.contourf(AXIS, AXIS, z, levels=LEVELS, cmap="cividis", extend="both")
@@ -64,22 +55,28 @@ def draw_surface(figure, layers, row):
 
 
 def draw_curves(figure, runs):
-    """Held-out MSE against seconds and against examples, and the gradient cosine below. runs: name -> metrics."""
+    """Against seconds and against examples: the held-out score, and below it what the runs have of the rest of CURVES.
+
+    runs: name -> metrics.
+    """
     from matplotlib.ticker import LogLocator
+    rows = [column for column in CURVES
+            if any(np.isfinite(metrics.get(column, np.nan)).any() for metrics in runs.values())] or ["test_mse"]
+    heights = [3 if column.startswith("test") else 2 for column in rows]
+    across = [("seconds", 1, "seconds of training"), ("examples", 1e6, "millions of examples trained on")]
     if is_tall(figure):
-        axes = figure.subplots(4, 1, height_ratios=[3, 2, 3, 2]).reshape(2, 2).T
+        axes = figure.subplots(2 * len(rows), 1, height_ratios=2 * heights).reshape(2, -1).T
     else:
-        axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[3, 2])
-    for (name, metrics), (color, line) in zip(runs.items(), STYLES * len(runs)):
-        for column, x, scale in ((0, "seconds", 1), (1, "examples", 1e6)):
-            for ax, y in ((axes[0, column], "test_mse"), (axes[1, column], "gradient_cosine")):
-                if np.isfinite(metrics.get(y, np.nan)).any():
-                    ax.plot(metrics[x] / scale, metrics[y], line, color=color, label=name, linewidth=1.5)
-    for error, cosine, label in zip(*axes, ("seconds of training", "millions of examples that layer 1 has seen")):
-        error.set(ylabel="held-out MSE", yscale="log")
-        error.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}", minor_formatter="")
-        cosine.set(xlabel=label, ylabel="cosine of synthetic and\ntrue gradients", ylim=(-0.3, 1))
-        for ax in (error, cosine):
+        axes = figure.subplots(len(rows), 2, sharex="col", sharey="row", height_ratios=heights, squeeze=False)
+    for row, (column, line_of_axes) in enumerate(zip(rows, axes)):
+        label, scale, limits = CURVES[column]
+        for ax, (x, unit, x_label) in zip(line_of_axes, across):
+            for (name, metrics), (color, style) in zip(runs.items(), STYLES * len(runs)):
+                if np.isfinite(metrics.get(column, np.nan)).any():
+                    ax.plot(metrics[x] / unit, metrics[column], style, color=color, label=name, linewidth=1.5)
+            ax.set(ylabel=label, yscale=scale, ylim=limits, xlabel=x_label if row == len(rows) - 1 else "")
+            if scale == "log":
+                ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}", minor_formatter="")
             ax.grid(True, which="both", alpha=0.25)
             if not is_tall(figure):
                 ax.label_outer()
@@ -89,7 +86,7 @@ def draw_curves(figure, runs):
 
 def png(draw, *args, size=(8, 3.6), dpi=100):
     """The bytes of a PNG file of what draw(figure, *args) draws."""
-    from matplotlib.figure import Figure  # here, because train_input.py imports this file and never draws itself
+    from matplotlib.figure import Figure
     figure, buffer = Figure(size, layout="constrained"), io.BytesIO()
     draw(figure, *args)
     figure.savefig(buffer, format="png", dpi=dpi)
@@ -100,9 +97,11 @@ def say(figure, text):
     figure.text(0.5, 0.5, text, ha="center", va="center", wrap=True)
 
 
-def surface_problem(layers):
-    if len(layers[0].w) != 2:
-        return f"The surface over {len(layers[0].w)} input columns cannot be drawn; only over 2."
+def surface_problem(weights):
+    """Why the surface cannot be drawn, or None."""
+    if len(weights[0][0]) == 2 and len(weights[-1][1]) == 1:
+        return None
+    return f"A surface over {len(weights[0][0])} input columns cannot be drawn, only one number over 2; see the curves."
 
 
 def is_whole(path):
@@ -138,59 +137,88 @@ def draw_run(folder, out):
     return [pictures, movie]
 
 
-class LivePictures:
-    """Pictures of a run for the live page, drawn by `plot.py --live` in a process that ends when this one does."""
-
-    def __init__(self, folder):
-        self.folder, self.process, self.lock, self.drawn = folder, None, threading.Lock(), {}
-
-    def get(self, kind, version):
-        """The PNG bytes of one of LIVE_SIZES, drawn once a version; None if the drawing process died."""
-        with self.lock:
-            if self.drawn.get(kind, (None,))[0] != version:
-                if not self.process or self.process.poll() is not None:
-                    self.process = subprocess.Popen([sys.executable, __file__, "--live", self.folder],
-                                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                    process_group=0)  # Ctrl-C is for the trainer
-                try:
-                    self.process.stdin.write(kind.encode() + b"\n")
-                    self.process.stdin.flush()
-                    size, = struct.unpack("<I", self.process.stdout.read(4))
-                    picture, = struct.unpack(f"{size}s", self.process.stdout.read(size))
-                except (OSError, struct.error):  # it died, perhaps half-way
-                    return None
-                self.drawn[kind] = version, picture
-            return self.drawn[kind][1]
+def draw_live(folder, kind):
+    """One of LIVE_SIZES, of what the folder holds now, as PNG bytes."""
+    size = LIVE_SIZES[kind]
+    try:
+        if kind.startswith("curves"):
+            return png(draw_curves, {"this run": read_metrics(folder)}, size=size)
+        weights, row = read_snapshot(snapshots(folder)[-1])
+        problem = surface_problem(weights)
+        return png(say, problem, size=size) if problem else png(draw_surface, weights, row, size=size)
+    except (ValueError, OSError, LookupError) as error:
+        return png(say, f"nothing to draw yet ({error})", size=size)
 
 
-def live(folder):
-    """Draw what standard input asks for, a word a line, until it is closed."""
-    if hasattr(os, "nice"):
-        os.nice(10)
-    for line in sys.stdin:
+def live(args, stop):
+    """The live page, until it is stopped: page.html, the raw statuses of the three, and pictures drawn once a snapshot."""
+    import flask
+
+    from plumbing import serving
+    from synthgrad import Client, NoAnswer, Refused
+    folder, servers = Path(args.runs[0] if args.runs else "progress"), {
+        "input trainer": args.input_server, "output trainer": args.output_server, "oracle": args.oracle_server}
+    drawing, drawn = threading.Lock(), {}  # kind -> (version, PNG); whoever draws holds the lock
+
+    def version():
+        newest = snapshots(folder)[-1:]
+        return f"{newest[0].name}-{newest[0].stat().st_mtime_ns}" if newest else None
+
+    def ask(server):
         try:
-            size = LIVE_SIZES[line.strip()]
-            if line.startswith("curves"):
-                picture = png(draw_curves, {"this run": read_metrics(folder)}, size=size)
-            else:
-                layers, row = read_snapshot(snapshots(folder)[-1])
-                problem = surface_problem(layers)
-                picture = png(say, problem, size=size) if problem else png(draw_surface, layers, row, size=size)
-        except (ValueError, OSError, IndexError) as error:
-            picture = png(say, f"nothing to draw yet ({error})")
-        sys.stdout.buffer.write(struct.pack("<I", len(picture)) + picture)
-        sys.stdout.buffer.flush()
+            return json.loads(Client(server, args.token, timeout=1).call("GET", "/status"))
+        except (NoAnswer, Refused):
+            return None
+
+    app = serving.make_app("live page", lambda: {"folder": str(folder)}, args)
+
+    @app.get("/")
+    def page():
+        return flask.send_file(Path(__file__).with_name("page.html").resolve())
+
+    @app.get("/live")
+    def statuses():
+        try:
+            run = json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError):
+            run = None
+        return {"version": version(), "run": run, "processes": {name: ask(server) for name, server in servers.items()}}
+
+    @app.get("/<kind>.png")
+    def picture(kind):
+        if kind not in LIVE_SIZES:
+            flask.abort(404)
+        if not drawing.acquire(timeout=10):
+            raise Refused("still drawing another picture", 503)
+        try:
+            if drawn.get(kind, (None,))[0] != version() or not version():
+                drawn[kind] = version(), draw_live(folder, kind)
+            return drawn[kind][1], {"Content-Type": "image/png", "Cache-Control": "no-store"}
+        finally:
+            drawing.release()
+
+    serving.serve(app, args)
+    print(f"the live page of {folder}: http://{args.host}:{args.port}/", flush=True)
+    stop.wait()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders of runs (all that are here)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="where to write (the current folder)")
-    parser.add_argument("--live", metavar="RUN", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("runs", nargs="*", help="folders of runs (all that are here; with --live: progress)")
+    add("--out", type=Path, default=Path("."), help="where to write (the current folder)")
+    add("--live", action="store_true", help="serve a page that follows a run")
+    add("--host", default="127.0.0.1", help="address that the live page listens on (%(default)s)")
+    add("--port", type=int, default=5004, help="its port (%(default)s)")
+    add("--oracle-server", default="127.0.0.1:5001", help="where the live page asks (%(default)s)")
+    add("--output-server", default="127.0.0.1:5002", help="(%(default)s)")
+    add("--input-server", default="127.0.0.1:5003", help="(%(default)s)")
+    add("--token-file", type=Path, help="file with the secret that the processes insist on, and then the page, too")
     args = parser.parse_args()
     if args.live:
-        return live(args.live)
-    found = [path.parent.name for path in Path(".").glob("*/metrics.csv") if path.parent.suffix != ".old"]
+        from plumbing import serving
+        serving.run(live, parser)
+    found = [path.parent.name for path in Path(".").glob("*/metrics.csv") if not path.parent.suffix]
     folders = args.runs or sorted(found, key=lambda name: (name != "progress", name))
     try:
         if not folders:
@@ -200,7 +228,7 @@ def main():
         runs = {name if names.count(name) == 1 else str(folder): read_metrics(folder)
                 for name, folder in zip(names, folders)}
         curves = args.out / "learning_curves.png"
-        curves.write_bytes(png(draw_curves, runs, size=(9, 5.5), dpi=110))
+        curves.write_bytes(png(draw_curves, runs, size=(9, 6.5), dpi=110))
         print("wrote", *(str(path) for path in [curves, *draw_run(folders[0], args.out)]), sep="\n  ")
     except (OSError, ValueError) as error:
         parser.exit(2, f"plot.py: {error}\n")

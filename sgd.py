@@ -6,28 +6,23 @@
 The symbols are the same here, in the README and on the wire:
 
     x, h    a layer's input, and its activations h = activation(z), where z = x w + b
-    L       the loss of one example, ½ (ŷ − y)²; ŷ is the last layer's h
+    y, ŷ    the target, and the network's output: the last layer's h
+    L       the loss of one example: ½ (ŷ − y)² for numbers, the cross-entropy −Σ y ln ŷ for classes
     g       the gradient dL/dh, one row per example: what backprop hands from layer to layer
 
-Everything works on a minibatch: x, h and g have the shape (batch, dim). It is written to be read, not to be fast:
-one example at a time (--batch-size 1) is stochastic gradient descent as the textbooks have it. The layers are the
-ones that train_input.py and train_output.py use, each on its own side of the cut.
+Everything works on a minibatch: x, y, h and g have the shape (batch, dim). It is written to be read, not to be fast:
+one example at a time (--batch-size 1) is stochastic gradient descent as the textbooks have it. The layers are the ones
+that train_input.py and train_output.py use, each on its own side of the cut, and so are their loops.
 """
 import argparse
-import csv
-import os
-import shutil
 import time
-import zipfile
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
-from tqdm import tqdm
 
 
 class Sigmoid:
     """σ(z) = 1 / (1 + e^−z), in the form that cannot overflow."""
-
     gain = 4  # σ'(0) = 1/4, so weights must be 4 times as large to pass a signal on undiminished
 
     @staticmethod
@@ -41,6 +36,7 @@ class Sigmoid:
 
 
 class Linear:
+    """The last layer's activation where y is a number."""
     gain = 1
 
     @staticmethod
@@ -52,22 +48,49 @@ class Linear:
         return 1
 
 
-class Layer:
-    """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both float32.
+class Softmax:
+    """The last layer's activation where y is a class: probabilities, e^z over their sum.
 
-    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16). Between layers of
-    equal width that is gain² / input_dim, scaling by fan-in, which for the small default network was no better. Biases
-    start where inputs of mean `input_mean` leave z at zero, the middle of a sigmoid; without that, deep stacks pass
-    no signal on, for a sigmoid's outputs have mean ½.
+    Its derivative and the cross-entropy's, −y/ŷ, multiply to ŷ − y. loss_gradient() is that product, so 1 is left.
     """
+    gain = 1
 
-    def __init__(self, input_dim, output_dim, activation, rng=None, input_mean=0.0):
-        rng = rng or np.random.default_rng()
-        scale = activation.gain * np.sqrt(2 / (input_dim + output_dim))
-        self.w = (scale * rng.standard_normal((input_dim, output_dim))).astype(np.float32)
-        self.b = -input_mean * self.w.sum(axis=0)
-        self.activation = activation
-        self.w_velocity, self.b_velocity = np.zeros_like(self.w), np.zeros_like(self.b)
+    @staticmethod
+    def activate(z):
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    @staticmethod
+    def derivative(h):
+        return 1
+
+
+def loss(y_hat, y):
+    """L of each example, (batch,): ½ (ŷ − y)² where y is (batch, 1), else the cross-entropy of one-hot y (batch, k)."""
+    if y.shape[1] == 1:
+        return 0.5 * (y_hat - y)[:, 0] ** 2
+    return -np.log(np.maximum(y_hat[y == 1], 1e-30))
+
+
+def loss_gradient(y_hat, y):
+    """dL/dz of the last layer, with which backprop begins: ŷ − y, for both losses."""
+    return y_hat - y
+
+
+def test_score(layers, x, y):
+    """What is reported, on held-out x and y: the MSE, mean (ŷ − y)² without the ½; or the share of wrong classes."""
+    y_hat = feed_forward(layers, x)
+    if y.shape[1] == 1:
+        return float(np.mean((y_hat - y) ** 2))
+    return float(np.mean(y_hat.argmax(axis=1) != y.argmax(axis=1)))
+
+
+class Layer:
+    """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both float32."""
+
+    def __init__(self, w, b, activation):
+        self.w, self.b, self.activation = w, b, activation
+        self.w_velocity, self.b_velocity = np.zeros_like(w), np.zeros_like(b)
 
     def feed_forward(self, x):
         """x (batch, input_dim) -> h (batch, output_dim); remembers both for backprop."""
@@ -75,40 +98,23 @@ class Layer:
         self.h = self.activation.activate(x.dot(self.w) + self.b)
         return self.h
 
-    def backprop(self, dL_dh):
-        """dL/dh (batch, output_dim) -> dL/dx (batch, input_dim), per example, by the chain rule.
+    def backprop(self, g):
+        """g = dL/dh (batch, output_dim) -> dL/dx (batch, input_dim), per example, by the chain rule.
 
         Remembers the gradients of this layer's own w and b. Here, and only here, the mean over the batch is taken.
         """
-        dL_dz = dL_dh * self.activation.derivative(self.h)
-        mean_dL_dz = dL_dz / len(dL_dz) if len(dL_dz) > 1 else dL_dz  # plain SGD is spared 6% of its time
-        self.dL_dw = self.x.T.dot(mean_dL_dz)
-        self.dL_db = np.add.reduce(mean_dL_dz)
+        dL_dz = g * self.activation.derivative(self.h)
+        self.dL_dw = self.x.T.dot(dL_dz) / len(g)
+        self.dL_db = np.add.reduce(dL_dz) / len(g)
         return dL_dz.dot(self.w.T)
 
-    def descend(self, learning_rate, momentum=0.0):
+    def descend(self, learning_rate, momentum):
         """Step downhill. With momentum, along the decaying sum of past gradients (Polyak's heavy ball)."""
         if momentum:
             self.dL_dw = self.w_velocity = momentum * self.w_velocity + self.dL_dw
             self.dL_db = self.b_velocity = momentum * self.b_velocity + self.dL_db
         self.w -= learning_rate * self.dL_dw
         self.b -= learning_rate * self.dL_db
-
-
-def make_layers(dims, rng, last=Linear, input_mean=0.0):
-    """[2, 24, 12, 1] -> three layers, sigmoid but for the last one; `input_mean` is that of the first one's inputs."""
-    activations = [Sigmoid] * (len(dims) - 2) + [last]
-    means = [input_mean] + [0.5] * (len(dims) - 2)
-    return [Layer(*shape, activation, rng, mean)
-            for *shape, activation, mean in zip(dims, dims[1:], activations, means)]
-
-
-def layers_from_weights(weights):
-    """[(w, b), ...] -> layers that hold these arrays: sigmoid but for the last one, which is linear."""
-    layers = make_layers([len(w) for w, _ in weights] + [len(weights[-1][1])], np.random.default_rng(0))
-    for layer, (w, b) in zip(layers, weights):
-        layer.w, layer.b = w, b
-    return layers
 
 
 def feed_forward(layers, h):
@@ -125,112 +131,66 @@ def backprop(layers, g):
     return g
 
 
-def mean_squared_error(layers, x, y):
-    """MSE, the mean of (ŷ − y)² without the ½, over x (n, dim) and y (n,)."""
-    return float(np.mean((feed_forward(layers, x)[:, 0] - y) ** 2))
+def descend(layers, learning_rate, momentum=0.0):
+    """One update: every layer steps along the gradients that it remembers."""
+    for layer in layers:
+        layer.descend(learning_rate, momentum)
 
 
-def train(layers, x, y, num_epochs, learning_rate, decay, batch_size, momentum, rng):
-    """Stochastic gradient descent, the whole of it. Yields after every epoch; the caller looks at the layers."""
-    for epoch in range(num_epochs):
-        order = rng.permutation(len(x))
-        x, y = x[order], y[order]
-        for k in range(0, len(x), batch_size):
-            y_hat = feed_forward(layers, x[k:k + batch_size])
-            g = y_hat - y[k:k + batch_size, None]  # dL/dŷ of L = ½ (ŷ − y)²
-            backprop(layers, g)
-            for layer in layers:
-                layer.descend(learning_rate, momentum)
-        learning_rate *= decay
-        yield epoch + 1
+def output_activation(k):
+    """The last layer's activation where y is (batch, k)."""
+    return Linear if k == 1 else Softmax
 
 
-# ---- data, and what a run writes down: nothing about learning from here on ----
+def make_layers(dims, rng, last=None, input_mean=0.0):
+    """[2, 24, 12, 1] -> three layers: sigmoid, but for the last one (None: what fits the width of y).
 
-def load_data(x_path, y_path):
-    """Read x (n, dim) and y (n,) as float32, and hold the last 5% out: returns x, y, x_test, y_test.
-
-    Raises ValueError or OSError, saying what was wrong and what was expected.
+    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16). Biases start where
+    inputs of their mean leave z at zero, the middle of a sigmoid: deep stacks pass no signal on without that, for a
+    sigmoid's outputs have mean ½. `input_mean` is the mean of what the first layer is given.
     """
-    arrays = []
-    for path in (x_path, y_path):
-        try:
-            arrays.append(np.asarray(np.load(path, allow_pickle=False), np.float32))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} not found: `python generate.py` makes x.npy and y.npy") from None
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile):
-            raise ValueError(f"{path}: expected a NumPy .npy file that holds an array of numbers") from None
-        if not np.isfinite(arrays[-1]).all():
-            raise ValueError(f"{path}: holds NaN or infinity; expected finite numbers")
-    x, y = arrays
-    if x.ndim != 2 or y.shape != x.shape[:1] or len(x) < 20:
-        raise ValueError(f"{x_path} has shape {x.shape} and {y_path} {y.shape}; "
-                         "expected (n, columns) and (n,) with the same n, at least 20")
-    split = len(x) - len(x) // 20
-    return x[:split], y[:split], x[split:], y[split:]
+    layers = []
+    for n, (input_dim, output_dim) in enumerate(pairwise(dims), 2):
+        activation = Sigmoid if n < len(dims) else last or output_activation(output_dim)
+        scale = activation.gain * np.sqrt(2 / (input_dim + output_dim))
+        w = (scale * rng.standard_normal((input_dim, output_dim))).astype(np.float32)
+        layers.append(Layer(w, -input_mean * w.sum(axis=0), activation))
+        input_mean = 0.5
+    return layers
 
 
-class Progress:
-    """Writes metrics.csv, a row per snapshot, and snapshot_000042.npz, the whole network, into one folder.
-
-    An earlier run in the folder is moved to FOLDER.old, unless `resume` is given: then rows are appended to it.
-    ValueError when the folder holds anything else.
-    """
-
-    def __init__(self, folder, columns, resume=False):
-        self.folder, self.metrics = Path(folder), Path(folder) / "metrics.csv"
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not resume:
-            old = self.folder.with_name(self.folder.name + ".old")
-            for place in (self.folder, old):
-                if place.exists() and not (place / "metrics.csv").exists():
-                    raise ValueError(f"{place} holds something other than a run; --progress-dir chooses another folder")
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.rename(old)
-            print(f"{folder} held an earlier run: moved to {old}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.columns = columns
-        self.count = 1 + max((int(path.stem[9:]) for path in snapshots(folder)), default=-1)
-        if not self.metrics.exists():
-            self.metrics.write_text(",".join(columns) + "\n")
-
-    def write(self, layers, **row):
-        """One row and one snapshot; the snapshot appears whole or not at all."""
-        path = self.folder / f"snapshot_{self.count:06d}.npz"
-        arrays = {f"{name}{n}": getattr(layer, name) for n, layer in enumerate(layers, 1) for name in ("w", "b")}
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, **arrays, **row)
-        os.replace(file.name, path)
-        with open(self.metrics, "a", newline="") as file:
-            csv.writer(file).writerow([f"{row[column]:.6g}" if isinstance(row[column], float) else row[column]
-                                       for column in self.columns])
-        self.count += 1
+def layers_from_weights(weights):
+    """[(w, b), ...] of a whole network -> its layers."""
+    *hidden, (w, b) = weights
+    return [*(Layer(*each, Sigmoid) for each in hidden), Layer(w, b, output_activation(len(b)))]
 
 
-def snapshots(folder):
-    """The folder's snapshots, oldest first."""
-    return sorted(Path(folder).glob("snapshot_[0-9]*.npz"))
+def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
+    """The indices of each minibatch, (batch,), every epoch in a new order; the first `skip` examples are passed over."""
+    first, start = divmod(skip, num_examples)
+    for epoch in range(first, num_epochs):
+        order = np.random.default_rng([seed, 4, epoch + 1]).permutation(num_examples)
+        for k in range(start, num_examples, batch_size):
+            yield order[k:k + batch_size]
+        start = 0
 
 
-def read_snapshot(path):
-    """Returns the layers of a snapshot and a dict of the numbers beside them; ValueError if it is not a whole one."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        weights = [(arrays.pop(f"w{n}"), arrays.pop(f"b{n}")) for n in range(1, 1 + len(arrays)) if f"w{n}" in arrays]
-        dims = [len(b) for _, b in weights]
-        for (w, b), shape in zip(weights, zip([len(weights[0][0]), *dims], dims)):
-            if w.shape != shape or b.ndim != 1 or not np.isfinite(w).all() or not np.isfinite(b).all():
-                raise ValueError(f"weights of the shapes {w.shape} and {b.shape}, or not finite")
-        return layers_from_weights(weights), {name: array.item() for name, array in arrays.items()}
-    except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a whole snapshot ({error})") from None
+def train(layers, x, y, order, learning_rate, momentum):
+    """Stochastic gradient descent, the whole of it. `order` yields minibatches of indices; yields after each update."""
+    for clock, i in enumerate(order):
+        y_hat = feed_forward(layers, x[i])
+        g = loss_gradient(y_hat, y[i])
+        backprop(layers, g)
+        descend(layers, learning_rate(clock), momentum)
+        yield len(i)
 
 
 def main():
+    from plumbing import runs
+    from tqdm import tqdm
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s [options] x.npy y.npy")
-    parser.add_argument("x", help="inputs, (n, columns)")
-    parser.add_argument("y", help="targets, (n,)")
+    runs.add_data_options(parser)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 24, 12, 1], help="widths (2 24 12 1)")
     parser.add_argument("--num-epochs", type=int, default=100, help="%(default)s")
     parser.add_argument("--learning-rate", type=float, default=0.002, help="%(default)s")
@@ -241,29 +201,39 @@ def main():
     parser.add_argument("--progress-dir", default="sgd_progress", help="%(default)s")
     args = parser.parse_args()
     try:
-        x, y, x_test, y_test = load_data(args.x, args.y)
-        if min(args.batch_size, args.num_epochs) < 1 or args.seed < 0:
-            raise ValueError("--batch-size and --num-epochs must be at least 1, --seed at least 0")
-        if args.layers[0] != x.shape[1] or args.layers[-1] != 1 or min(args.layers) < 1 or len(args.layers) < 2:
-            raise ValueError(f"--layers {args.layers}: must begin with x's {x.shape[1]} columns and end with 1")
-        progress = Progress(args.progress_dir, ["seconds", "examples", "epoch", "test_mse"])
+        if min(args.batch_size, args.num_epochs) < 1 or args.seed < 0 or not args.learning_rate > 0:
+            raise ValueError("--batch-size and --num-epochs must be at least 1, --seed at least 0, --learning-rate positive")
+        x, y, x_test, y_test = runs.load_data(args.x, args.y, args.held_out)
+        if len(args.layers) < 2 or min(args.layers) < 1:
+            raise ValueError("--layers takes two or more widths, which must be positive")
+        runs.check_widths(x, y, args.layers[0], args.layers[-1], "--layers")
+        score = runs.score_name(y)
+        progress = runs.Progress(args.progress_dir, ["seconds", "examples", "epoch", score], vars(args))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
-    rng = np.random.default_rng(args.seed)
-    layers = make_layers(args.layers, rng)
+    layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]))
+    per_epoch, examples, epoch = -(-len(x) // args.batch_size), 0, 0
+    order = minibatches(len(x), args.batch_size, args.num_epochs, args.seed)
     start = time.perf_counter()
-    epochs = train(layers, x, y, args.num_epochs, args.learning_rate, args.decay, args.batch_size, args.momentum, rng)
     try:
-        for epoch in (bar := tqdm(epochs, total=args.num_epochs, unit="epoch")):
-            mse = mean_squared_error(layers, x_test, y_test)
-            if not np.isfinite(mse):
-                parser.exit(1, f"\nsgd.py: diverged in epoch {epoch}; try a lower --learning-rate\n")
-            progress.write(layers, seconds=time.perf_counter() - start, examples=epoch * len(x), epoch=epoch,
-                           test_mse=mse)
-            bar.set_postfix_str(f"held-out MSE {mse:.4f}")
+        with np.errstate(all="ignore"), tqdm(total=args.num_epochs, unit="epoch") as bar:
+            for count in train(layers, x, y, order, lambda clock: args.learning_rate * args.decay ** (clock // per_epoch),
+                               args.momentum):
+                examples += count
+                if examples == (epoch + 1) * len(x):
+                    epoch += 1
+                    reached = test_score(layers, x_test, y_test)
+                    if not np.isfinite(sum(layer.w.sum() for layer in layers)):
+                        parser.exit(1, f"\nsgd.py: diverged in epoch {epoch}; try a lower --learning-rate\n")
+                    progress.write([(layer.w, layer.b) for layer in layers], seconds=time.perf_counter() - start,
+                                   examples=examples, epoch=epoch, **{score: reached})
+                    bar.update()
+                    bar.set_postfix_str(f"held-out {score[5:].upper()} {reached:.4f}")
     except KeyboardInterrupt:
+        progress.end("stopped")
         parser.exit(130, f"\nstopped; every finished epoch is in {args.progress_dir}\n")
+    progress.end("finished")
     print(f"{args.num_epochs} epochs in {time.perf_counter() - start:.0f} s: {args.progress_dir}/metrics.csv")
 
 

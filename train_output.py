@@ -2,163 +2,119 @@
 
     python train_output.py                      # 24 -> 12 -> 1, listens on 127.0.0.1:5002
 
-train_input.py throws (i, h, y) at it: indices, activations, targets. It keeps the newest activations per index, and
-loops over this partial training set, what has just arrived first. The true gradients g = dL/dh that fall out of its
-backprop there it throws at the oracle, fire and forget. The gradients at older activations it keeps to itself: they
-belong to a layer 1 that is no more, and an oracle that learns from them misleads the present one.
+train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and how old layer 1 was. It loops over this
+partial training set, what has just arrived first. The true gradients g = dL/dh that fall out of its backprop there it
+throws at oracle.py, fire and forget. The gradients at older activations it keeps to itself: they belong to a layer 1
+that is no more, and an oracle that learned from them would mislead the present one.
 """
-import collections
+import concurrent.futures
+import queue
+import threading
+import time
 
+import plumbing  # first, see there
 import numpy as np
 
-import synthgrad
-from sgd import backprop, feed_forward, make_layers
+from plumbing import exchange, runs, serving
+from sgd import backprop, descend, feed_forward, loss, loss_gradient, make_layers
+from synthgrad import Examples, OracleClient, Question, Refused, encode, encode_weights
 
 
-def train(half, examples, inbox, throw, batch_size, rng, stop):
-    """The algorithm: train over whatever set there is, in a loop, and throw the true gradients at the oracle."""
-    rest = synthgrad.Rest()
-    while not stop:
-        idle = rest.due(examples.received)
-        inbox.work(wait=idle)                  # new activations come in
-        if idle:
-            continue
-        i, h, y = examples.minibatch(batch_size, rng)
-        y_hat = feed_forward(half.layers, h)
-        error = y_hat - y[:, None]             # dL/dŷ of L = ½ (ŷ − y)²
-        g = backprop(half.layers, error)       # dL/dh, per example
-        half.descend(error)
-        if i is not None:                      # they have just arrived
-            throw(i, h, y, g)                  # fire and forget
+def train(layers, minibatches, learning_rate, momentum, owned, clock=0):
+    """The algorithm. Yields the loss after each update; `clock` counts them. Only this writes to the layers."""
+    for clock, (h, y, throw) in enumerate(minibatches, clock):
+        with owned:                                # so that nobody reads half an update
+            y_hat = feed_forward(layers, h)
+            g = loss_gradient(y_hat, y)
+            g = backprop(layers, g)                # dL/dh, per example: what layer 1 would like to know
+            descend(layers, learning_rate(clock), momentum)
+        if throw:
+            throw(g)                               # to the oracle, fire and forget
+        yield loss(y_hat, y).mean()
 
 
-class OutputHalf:
-    """Layers 2 and 3, and how fast they learn. Only the training loop touches them."""
+def partial_set(arrived, examples, batch_size, rng, stop):
+    """Minibatches of whatever set there is, in a loop: what has just arrived first, else some of the newest examples.
 
-    def __init__(self, dims, learning_rate, momentum, decay, rng):
-        self.layers = make_layers(dims, rng, input_mean=0.5)  # of layer 1's sigmoid
-        self.learning_rate, self.momentum, self.decay = learning_rate, momentum, decay
-        self.updates, self.loss = 0, None
-
-    def descend(self, error):
-        """One update, at a rate that falls as 1 / (1 + updates / decay). Changes nothing if the error is not finite."""
-        loss = float(np.vdot(error, error)) / len(error)
-        if not np.isfinite(loss):
-            raise FloatingPointError("the output half diverged; try a lower --learning-rate")
-        self.loss = loss if self.loss is None else self.loss + 0.01 * (loss - self.loss)
-        self.updates += 1
-        learning_rate = self.learning_rate / (1 + self.updates / self.decay)
-        for layer in self.layers:
-            layer.descend(learning_rate, self.momentum)
-
-    def locked_step(self, h, y):
-        """The update-locked alternative: one step on just these examples. h (batch, width) -> dL/dh of that shape."""
-        error = feed_forward(self.layers, h) - y[:, None]
-        g = backprop(self.layers, error)
-        self.descend(error)
-        return g
-
-    def weights(self):
-        return [(layer.w.copy(), layer.b.copy()) for layer in self.layers], self.updates
-
-    def restore(self, weights, updates):
-        for layer, (w, b) in zip(self.layers, weights):
-            layer.w[:], layer.b[:] = w, b
-        self.updates = updates
-
-
-class NewestPerIndex:
-    """The partial training set: the newest (h, y) per index i, in arrays that only the training loop touches.
-
-    Bounded to `capacity` examples: index i has the slot i % capacity. What arrives for an occupied slot replaces
-    what is there; if that had another index, it counts as dropped. received = stored + replaced + dropped.
+    Yields h (batch, width), y (batch, k), and what to do with the gradients there: None for old ones. When the replay
+    is used up it waits for news.
     """
-
-    def __init__(self, capacity, width):
-        self.owner = np.zeros(capacity, np.int64)  # by slot: index + 1, 0 for empty; zeros take no memory until used
-        self.row = np.empty(capacity, np.int32)    # by slot: where in `rows` its example is
-        self.rows = np.empty((capacity, width + 1), np.float32)  # h and y side by side; the first `stored` are in use
-        self.just_arrived = collections.deque(maxlen=20)  # minibatches not yet trained on; a flood pushes the oldest out
-        self.received = self.stored = self.replaced = self.dropped = 0
-
-    def add(self, i, h, y):
-        """i (batch,), h (batch, width), y (batch,): later rows are newer."""
-        newest = synthgrad.newest_rows(i % len(self.owner))
-        slots = i[newest] % len(self.owner)
-        before = self.owner[slots]
-        fresh = slots[before == 0]
-        self.row[fresh] = np.arange(self.stored, self.stored + len(fresh))
-        self.replaced += int(np.count_nonzero(before == i[newest] + 1)) + len(i) - len(np.unique(i))
-        self.owner[slots], self.rows[self.row[slots]] = i[newest] + 1, np.column_stack([h[newest], y[newest]])
-        self.received += len(i)
-        self.stored += len(fresh)
-        self.dropped = self.received - self.stored - self.replaced
-        for k in range(0, len(i), 500):
-            self.just_arrived.append(tuple(array[k:k + 500].copy() for array in (i, h, y)))
-
-    def counters(self):
-        return {name: getattr(self, name) for name in ("received", "stored", "replaced", "dropped")}
-
-    def minibatch(self, batch_size, rng):
-        """i, h, y of what has just arrived; if nothing has, None, h, y drawn at random, with replacement."""
-        if self.just_arrived:
-            return self.just_arrived.popleft()
-        rows = self.rows.take(rng.integers(self.stored, size=batch_size), axis=0, mode="clip")  # twice as fast as [...]
-        return None, rows[:, :-1], rows[:, -1]
+    while not stop.is_set():
+        drawn = examples.draw(batch_size, rng) if arrived.empty() else None
+        try:
+            yield (*drawn, None) if drawn else arrived.get(timeout=0.2)
+        except queue.Empty:
+            pass
 
 
 def main(args, stop):
-    width = args.layers[0]
-    if args.layers[-1] != 1:
-        raise ValueError(f"--layers {args.layers}: must end with 1, the target's width")
-    rng, inbox = np.random.default_rng(args.seed), synthgrad.Inbox()
-    half = OutputHalf(args.layers, args.learning_rate, args.momentum, args.decay, rng)
-    examples = NewestPerIndex(args.keep, width)
-    sender = synthgrad.Sender(synthgrad.OracleClient(args.oracle_server, args.token).provide_gradients,
-                              f"the oracle at {args.oracle_server}",
-                              min(2000, synthgrad.examples_per_message(2 * width)))
+    width, k = args.layers[0], args.layers[-1]
+    rng = np.random.default_rng([args.seed, 2])
+    layers, checkpoint = make_layers(args.layers, rng, input_mean=0.5), runs.Checkpoint(args.progress_dir)
+    state = {"updates": 0, "loss": None} | (args.resume and checkpoint.load(layers) or {})
+    owned = threading.Lock()                       # whoever holds it may touch the layers
+    examples = exchange.NewestExamples(args.keep, args.replay)
+    arrived = queue.Queue()                        # minibatches not yet trained on; bounded by arrive()
+    oracle = OracleClient(args.oracle_server, args.token)
+    sender = exchange.Sender(oracle.provide_gradients, f"the oracle at {oracle.url}", args.keep, 2 * width + k)
+
+    def arrive(h, y, throw):
+        """In a server's thread. No more examples wait than are kept; beyond that the oldest minibatch is dropped."""
+        examples.add(h, y)
+        while arrived.qsize() * args.batch_size >= args.keep:
+            arrived.get()
+        arrived.put((h, y, throw))
 
     def status():
-        return {"layers": args.layers, "updates": half.updates, "loss": half.loss, "gradients": sender.counters(),
-                "examples": examples.counters()}
+        return {"layers": args.layers, **state, "examples": examples.counters() | {"waiting": arrived.qsize()},
+                "gradients": sender.counters()}
 
-    app = synthgrad.make_app("output trainer", status, args.token)
+    app = serving.make_app("output trainer", status, args)
 
     @app.post("/training_examples")
     def training_examples():
-        i, h, y = synthgrad.read(i=(), h=(width,), y=())
-        inbox.ask(examples.add, i, h, y)
-        return {"accepted": len(i)}
+        columns = serving.message(Examples, h=width, y=k)
+        for start in range(0, len(columns[0]), args.batch_size):
+            i, h, y, clock = (column[start:start + args.batch_size] for column in columns)
+            arrive(h, y, lambda g, minibatch=(i, h, y, clock): sender.throw(*minibatch, g))
+        return {"accepted": len(columns[0])}
 
     @app.post("/true_gradients")
     def true_gradients():
-        return synthgrad.encode(gradients=inbox.ask(half.locked_step, *synthgrad.read(h=(width,), y=())))
+        h, y = serving.message(Question, h=width, y=k)
+        answer = concurrent.futures.Future()
+        arrive(h, y, answer.set_result)
+        try:
+            return serving.as_json(encode(gradients=answer.result(timeout=8)))
+        except concurrent.futures.TimeoutError:
+            raise Refused("busy: the training loop did not get round to it in 8 s", 503) from None
 
     @app.get("/weights")
-    def get_weights():
-        return synthgrad.encode_weights(*inbox.ask(half.weights))
+    def weights():
+        with owned:
+            return serving.as_json(encode_weights([(layer.w, layer.b) for layer in layers], state["updates"]))
 
-    @app.put("/weights")
-    def put_weights():
-        inbox.ask(half.restore, *synthgrad.decode_weights(synthgrad.read_json(), args.layers))
-        return {"accepted": len(half.layers)}
-
-    synthgrad.serve(app, args.host, args.port, args.token)
-    synthgrad.yield_to_servers()
+    serving.serve(app, args)
     print(f"output trainer {args.layers} answers on {args.host}:{args.port}", flush=True)
-    oracle = synthgrad.OracleClient(args.oracle_server, args.token, timeout=1)
-    found = synthgrad.until_answered(oracle.status, f"the oracle at {oracle.url}", stop,
-                                     pause=lambda: inbox.work(wait=True))  # true gradients are given meanwhile
-    if found["layers"][0] != width:
-        raise ValueError(f"the oracle guesses gradients of {found['layers'][0]} activations, but --layers begins with {width}")
-    train(half, examples, inbox, sender.throw, args.batch_size, rng, stop)
+    losses = train(layers, partial_set(arrived, examples, args.batch_size, rng, stop),
+                   lambda clock: args.learning_rate / (1 + clock / args.decay), args.momentum, owned, state["updates"])
+    saved = time.monotonic()
+    with np.errstate(all="ignore"):
+        for value in losses:
+            if not np.isfinite(value):
+                raise FloatingPointError("the output half diverged; try a lower --learning-rate")
+            state["updates"] += 1
+            state["loss"] = float(value if state["loss"] is None else state["loss"] + 0.01 * (value - state["loss"]))
+            if time.monotonic() - saved > args.checkpoint_seconds:
+                saved = time.monotonic()
+                checkpoint.save(layers, **state)
+    checkpoint.save(layers, **state)
     sender.close(timeout=5)
 
 
 if __name__ == "__main__":
-    parser = synthgrad.argument_parser(__doc__, 5002, [24, 12, 1], learning_rate=0.1)
-    parser.add_argument("--oracle-server", default="127.0.0.1:5001", help="%(default)s")
-    parser.add_argument("--momentum", type=float, default=0.9, help="%(default)s")
-    parser.add_argument("--decay", type=float, default=200_000, help="updates until the rate has halved (%(default)s)")
-    parser.add_argument("--keep", type=int, default=20_000, help="bound of the training set, examples (%(default)s)")
-    synthgrad.run(main, parser)
+    parser = serving.argument_parser(
+        __doc__, 5002, layers=[24, 12, 1], learning_rate=0.1, momentum=0.9, decay=200_000, batch_size=100, keep=20_000,
+        replay=8, seed=0, oracle_server="127.0.0.1:5001", progress_dir="output_progress", resume=False)
+    parser.add_argument("--checkpoint-seconds", type=serving.number(float, 0), default=5, help="between checkpoints (%(default)s)")
+    serving.run(main, parser)
