@@ -1,9 +1,6 @@
-"""Starts the three processes, watches them, and leaves none behind. `make run` runs this file; tests and benchmarks
-import it.
-
-    python -m tests.processes --num-epochs 16   # the default ports, the terminal's own output
-"""
+"""Starts the processes as terminals do, watches them, and leaves none behind."""
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -15,10 +12,11 @@ import time
 import urllib.request
 from pathlib import Path
 
-from plot import read_metrics
+from plumbing.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 60  # seconds that anything here is waited for
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy from the environment
 
 
 def free_ports(count):
@@ -30,17 +28,16 @@ def free_ports(count):
         return [each.getsockname()[1] for each in sockets]
 
 
-def start(script, *args, log=None, cwd=None, prefix=()):
-    """One of the project's programs, in a process group of its own, so that Ctrl-C reaches only us.
+def start(script, *args, log=None, cwd=None, prefix=(), session=True):
+    """One of the project's programs, as a terminal starts it: in a session of its own, and nothing else is set.
 
-    Not in a session of its own: Linux shares the cores out between sessions first (autogroup), and then a thread
-    that yields, yields only to its own process.
+    Linux shares the cores out between sessions first (autogroup), so this is part of what is measured.
     """
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}  # its idle threads spin
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(log, "ab")) if log else None
-        return subprocess.Popen([*prefix, sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stdout=out,
-                                stderr=subprocess.STDOUT if out else None, process_group=0, env=environment)
+        return subprocess.Popen([*prefix, sys.executable, "-u", str(ROOT / script), *map(str, args)], cwd=cwd, stdout=out,
+                                stderr=subprocess.STDOUT if out else None,
+                                **({"start_new_session": True} if session else {"process_group": 0}))
 
 
 def end(process, sig=signal.SIGTERM, timeout=DEADLINE):
@@ -57,9 +54,9 @@ def end(process, sig=signal.SIGTERM, timeout=DEADLINE):
 def status(port):
     """GET /status, or None while nobody answers."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5) as answer:
+        with DIRECT.open(f"http://127.0.0.1:{port}/status", timeout=5) as answer:
             return json.load(answer)
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
 
 
@@ -73,11 +70,11 @@ def wait_until(condition, what, timeout=DEADLINE, pause=0.05):
     return result
 
 
-class DelayingProxy:
-    """A port that passes everything on to another one, and holds back the first bytes of every answer for a while."""
+class Proxy:
+    """A port that passes everything on to another one; it can hold back every answer for a while, or lose what comes."""
 
     def __init__(self, target):
-        self.target, self.delay = target, 0.0  # seconds; may be changed at any time
+        self.target, self.delay, self.cut = target, 0.0, False  # seconds; both may be changed at any time
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -87,6 +84,8 @@ class DelayingProxy:
             while True:
                 near = self.socket.accept()[0]
                 try:
+                    if self.cut:
+                        raise OSError
                     far = socket.create_connection(("127.0.0.1", self.target))
                 except OSError:  # nobody there yet: as if this port did not answer either
                     near.close()
@@ -104,7 +103,7 @@ class DelayingProxy:
 
     def _pass(self, source, sink, before):
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 20):
+            while (data := source.recv(1 << 20)) and not self.cut:
                 before()
                 sink.sendall(data)
         for each in (source, sink):
@@ -118,22 +117,23 @@ class DelayingProxy:
 class Three:
     """The oracle, the output trainer and the input trainer, on three ports, with their logs in `folder`."""
 
-    def __init__(self, folder, ports=None, oracle=(), output=(), input=(), logs=True, proxy=None):
-        self.folder, self.ports = Path(folder), ports or free_ports(3)
-        self.progress = self.folder / "progress" if logs else Path("progress")
+    def __init__(self, folder, oracle=(), output=(), input=(), session=True):
+        self.folder, self.ports, self.session = Path(folder), free_ports(3), session
+        self.progress = self.folder / "progress"
         a, b, c = self.ports
-        via = proxy.port if proxy else b  # where the input trainer finds the output trainer
+        self.to_oracle, self.to_output = Proxy(a), Proxy(b)  # where the output and the input trainer find them, if asked to
         self.commands = {
             "oracle": ["oracle.py", "--port", a, *oracle],
-            "output": ["train_output.py", "--port", b, "--oracle-server", f"127.0.0.1:{a}", *output],
+            "output": ["train_output.py", "--port", b, "--oracle-server", f"127.0.0.1:{a}", "--progress-dir",
+                       self.folder / "output_progress", *output],
             "input": ["train_input.py", "--port", c, "--oracle-server", f"127.0.0.1:{a}", "--output-server",
-                      f"127.0.0.1:{via}", "--progress-dir", self.progress, *input]}
-        self.logs, self.processes = logs, {}
+                      f"127.0.0.1:{b}", "--progress-dir", self.progress, *input]}
+        self.processes = {}
 
     def start(self, *names, extra=()):
         for name in names or self.commands:
-            log = self.folder / f"{name}.log" if self.logs else None
-            self.processes[name] = start(*self.commands[name], *extra, log=log)
+            self.processes[name] = start(*self.commands[name], *extra, log=self.folder / f"{name}.log",
+                                         session=self.session)
         return self
 
     def port(self, name):
@@ -141,6 +141,10 @@ class Three:
 
     def status(self, name):
         return status(self.port(name))
+
+    def kill(self, name):
+        self.processes[name].kill()
+        self.processes[name].wait()
 
     def metrics(self, column):
         """A column of the run's metrics.csv, one float per snapshot; empty before there are any."""
@@ -175,23 +179,5 @@ class Three:
         for name in ("input", "output", "oracle"):  # in this order, so that a last snapshot can be composed
             if name in self.processes:
                 end(self.processes[name])
-
-
-def main():
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, interrupt)
-    three = Three(".", (5001, 5002, 5003), input=["x.npy", "y.npy", *sys.argv[1:]], logs=False)
-    try:
-        with three.start():
-            code = three.wait_for_input(timeout=24 * 3600)
-    except KeyboardInterrupt:
-        code = 130
-    except RuntimeError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+        self.to_oracle.close()
+        self.to_output.close()

@@ -1,17 +1,18 @@
 """Whatever is sent to the ports: 4xx, JSON that names the field, and nothing changed. Against real processes."""
 import http.client
 import json
+import socket
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from synthgrad import MAX_BODY, MAX_EXAMPLES, encode, ndarray_to_json
+from synthgrad import MAX_BODY, ndarray_to_json
 from tests.processes import Three, start, wait_until
 
 WIDTH = 24
-FIELDS = {"/estimate_gradients": ("h", "y"), "/provide_gradients": ("i", "h", "y", "gradients"),
-          "/training_examples": ("i", "h", "y"), "/true_gradients": ("h", "y")}
+FIELDS = {"/estimate_gradients": ("h", "y"), "/provide_gradients": ("i", "h", "y", "clock", "gradients"),
+          "/training_examples": ("i", "h", "y", "clock"), "/true_gradients": ("h", "y")}
 
 
 def request(three, name, method, path, body=None, headers={"Content-Type": "application/json"}):
@@ -30,16 +31,16 @@ def owner(path):
 def good(path):
     """A message that would be taken."""
     rng = np.random.default_rng(0)
-    arrays = {"i": np.arange(3), "h": rng.random((3, WIDTH), "f"), "y": rng.random(3, "f"),
+    arrays = {"i": np.arange(3), "h": rng.random((3, WIDTH), "f"), "y": rng.random((3, 1), "f"), "clock": np.arange(3),
               "gradients": rng.random((3, WIDTH), "f")}
-    return encode(**{name: arrays[name] for name in FIELDS[path]})
+    return {name: ndarray_to_json(arrays[name]) for name in FIELDS[path]}
 
 
 def state(three):
     """Everything that a bad request must not change, bit for bit."""
     weights = request(three, "output", "GET", "/weights")[1]
     return weights, three.status("output")["examples"], {
-        name: three.status("oracle")[name] for name in ("received", "stored", "dropped", "updates")}
+        name: three.status("oracle")[name] for name in ("examples", "updates", "learned")}
 
 
 def is_refused(three, path, body, statuses=(400,), headers={"Content-Type": "application/json"}, method="POST"):
@@ -60,8 +61,8 @@ bad_arrays = st.one_of(
                            "base64": st.text(max_size=40) | json_values}),
     st.fixed_dictionaries({"shape": st.just([3, WIDTH]), "values": st.lists(json_values, max_size=80)}),
     st.sampled_from([np.nan, np.inf, -np.inf, 1e30]).map(lambda bad: ndarray_to_json(np.full((3, WIDTH), bad, "f"))),
-    st.sampled_from([-1, -2**63, 2**31, 2**63 - 1]).map(lambda bad: ndarray_to_json(np.full(3, bad))),
-    st.tuples(st.integers(0, 5), st.integers(0, 40)).filter(lambda s: s not in [(3, WIDTH)]).map(
+    st.sampled_from([-1, -2**63, 2**54, 2**63 - 1]).map(lambda bad: ndarray_to_json(np.full(3, bad))),
+    st.tuples(st.sampled_from([0, 1, 2, 4, 5]), st.integers(0, 40)).map(
         lambda shape: ndarray_to_json(np.zeros(shape, "f"))))
 
 
@@ -69,13 +70,13 @@ bad_arrays = st.one_of(
 def test_messages_of_rubbish_are_refused_and_change_nothing(servers, path):
     before = state(servers)
 
-    @settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(FIELDS[path]), bad_arrays)
     def a_bad_field(name, bad):
         error = is_refused(servers, path, json.dumps(good(path) | {name: bad}))
-        assert error.split(":")[0] in FIELDS[path], error  # when the numbers of rows differ, either may be blamed
+        assert "JSON is malformed" in error or any(f"`$.{field}" in error for field in FIELDS[path]), error  # not only `name`
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode()))
     def a_bad_body(body):
         is_refused(servers, path, body)
@@ -96,19 +97,17 @@ def test_wrong_types_sizes_paths_and_methods(servers):
     body = json.dumps(good("/training_examples"))
     for wrong in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
         is_refused(servers, "/training_examples", body, (415,), wrong)
-    is_refused(servers, "/training_examples", b" " * (2 * MAX_EXAMPLES + 1), (413,))
-    is_refused(servers, "/weights", b" " * (MAX_BODY + 1), (413,), method="PUT")
+    is_refused(servers, "/training_examples", b" " * (MAX_BODY + 1), (413,))
     status, _ = request(servers, "output", "POST", "/training_examples", b"", json_type | {"Content-Length": "99999999999"})
     assert status == 413
-    for method, path in (("GET", "/training_examples"), ("DELETE", "/weights"), ("POST", "/status"), ("PUT", "/status")):
+    for method, path in (("GET", "/training_examples"), ("DELETE", "/weights"), ("PUT", "/weights"), ("POST", "/status")):
         is_refused(servers, path, None, (405,), method=method)
     for path in ("/nothing", "/../etc/passwd", "/weights/1"):
         is_refused(servers, path, None, (404,), method="GET")
-    is_refused(servers, "/training_examples", body, (412,), json_type | {"If-Match": "another"})
-    weights = json.loads(request(servers, "output", "GET", "/weights")[1])
-    for bad in ({}, [], {"layers": [], "updates": 0}, {"layers": weights["layers"]}, weights | {"updates": -1},
-                {"layers": weights["layers"][::-1], "updates": 0}, {"layers": [{}, {}], "updates": 0}):
-        is_refused(servers, "/weights", json.dumps(bad), method="PUT")
+    for path, name, width in (("/training_examples", "h", 25), ("/training_examples", "y", 2), ("/true_gradients", "h", 1),
+                              ("/estimate_gradients", "h", 23), ("/provide_gradients", "gradients", 25)):
+        narrow = good(path) | {name: ndarray_to_json(np.zeros((3, width), "f"))}
+        assert f"Expected shape (3, {1 if name == 'y' else WIDTH})" in is_refused(servers, path, json.dumps(narrow))
     assert state(servers) == before
 
 
@@ -116,10 +115,20 @@ def test_good_messages_are_taken_after_all_that(servers):
     for path in FIELDS:
         status, answer = request(servers, owner(path), "POST", path, json.dumps(good(path)))
         assert status == 200, answer
-    assert servers.status("output")["examples"]["received"] == 3 <= servers.status("oracle")["received"]
-    by_hand = {"h": {"shape": [1, WIDTH], "values": [0.5] * WIDTH}, "y": {"shape": [1], "values": [1]}}
+    assert servers.status("output")["examples"]["received"] == 6  # of /training_examples and of /true_gradients
+    wait_until(lambda: servers.status("oracle")["examples"]["received"] == 6, "one half of these from here, one from there")
+    by_hand = {"h": {"shape": [1, WIDTH], "values": [0.5] * WIDTH}, "y": {"shape": [1, 1], "values": [1]}}
     status, answer = request(servers, "oracle", "POST", "/estimate_gradients", json.dumps(by_hand))
     assert status == 200 and json.loads(answer)["gradients"]["shape"] == [1, WIDTH]
+
+
+@pytest.mark.parametrize("host, answered", [
+    ("127.0.0.1", True), ("localhost:5001", True), ("[::1]:5001", True), ("192.0.2.7", True), (socket.gethostname(), True),
+    ("evil.example", False), ("evil.example:5001", False), ("127.0.0.1.evil.example", False), ("", False), ("a b", False)])
+def test_only_its_own_names_reach_a_process(host, answered, servers):
+    """A page in a browser that has its own name resolved to 127.0.0.1 (DNS rebinding) sends that name as Host."""
+    for name in ("oracle", "output"):
+        assert (request(servers, name, "GET", "/status", None, {"Host": host})[0] == 200) == answered
 
 
 @pytest.mark.parametrize("secret", ["", " \n", "two words", "schlüssel", "a=b"])

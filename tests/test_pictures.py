@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sgd import Progress, make_layers, snapshots
-from tests.processes import ROOT, Three, wait_until
+from plumbing.runs import Progress
+from sgd import make_layers
+from tests.processes import ROOT, Three, end, free_ports, start, wait_until
 
 
 def write_run(folder, dims, rows=3):
-    progress = Progress(folder, ["seconds", "examples", "epoch", "test_mse", "gradient_cosine"])
+    score = "test_mse" if dims[-1] == 1 else "test_error"
+    progress = Progress(folder, ["seconds", "examples", "epoch", score, "gradient_cosine"], {})
     for n in range(rows):
-        progress.write(make_layers(dims, np.random.default_rng(n)), seconds=5.0 * n, examples=1000 * n, epoch=0.1 * n,
-                       test_mse=0.2 / (n + 1), gradient_cosine=0.3)
+        layers = make_layers(dims, np.random.default_rng(n))
+        progress.write([(layer.w, layer.b) for layer in layers], seconds=5.0 * n, examples=1000 * n, epoch=0.1 * n,
+                       gradient_cosine=0.3, **{score: 0.2 / (n + 1)})
 
 
 def plot(folder, *args):
@@ -29,7 +32,7 @@ def test_every_snapshot_becomes_a_picture_and_all_of_them_an_animation(tmp_path)
     (tmp_path / "progress" / "snapshot_000001.npz").write_bytes(b"torn")
     done = plot(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "snapshot_000001.npz is not a whole snapshot" in done.stderr
+    assert "snapshot_000001.npz is not a whole file of arrays" in done.stderr
     pictures = sorted(path.name for path in (tmp_path / "synthetic_plots").iterdir())
     assert pictures == ["surface_000000.png", "surface_000002.png"]
     first, last = (np.asarray(Image.open(tmp_path / "synthetic_plots" / name).convert("RGB")) for name in pictures)
@@ -48,26 +51,11 @@ def test_runs_of_the_same_name_are_both_drawn_and_a_torn_newest_snapshot_is_left
     assert plot(tmp_path, "b/run").returncode == 0 and (tmp_path / "learning_curves.png").read_bytes() != both
 
 
-def test_an_earlier_run_is_moved_away_and_the_next_one_counts_from_zero(tmp_path, capsys):
-    write_run(tmp_path / "run", [2, 5, 1], rows=3)
-    write_run(tmp_path / "run", [2, 5, 1], rows=1)
-    assert [path.stem for path in snapshots(tmp_path / "run")] == ["snapshot_000000"]
-    assert len(snapshots(tmp_path / "run.old")) == 3
-    assert f"{tmp_path / 'run'} held an earlier run: moved to {tmp_path / 'run.old'}" in capsys.readouterr().out
-
-
-def test_a_folder_that_holds_no_run_is_never_moved_away(tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter").write_text("all I have")
-    with pytest.raises(ValueError, match="something other than a run"):
-        Progress(tmp_path / "thesis", ["seconds"])
-    assert (tmp_path / "thesis" / "chapter").exists()
-
-
-def test_other_than_two_inputs_cannot_be_drawn_and_it_says_so(tmp_path):
-    write_run(tmp_path / "run", [3, 4, 1])
+@pytest.mark.parametrize("dims", [[3, 4, 1], [784, 4, 10]])
+def test_other_than_two_inputs_cannot_be_drawn_and_it_says_so(dims, tmp_path):
+    write_run(tmp_path / "run", dims)
     done = plot(tmp_path, "run")
-    assert done.returncode == 0 and "over 3 input columns cannot be drawn" in done.stdout
+    assert done.returncode == 0 and f"over {dims[0]} input columns cannot be drawn" in done.stdout
     assert (tmp_path / "learning_curves.png").exists() and not (tmp_path / "learning.gif").exists()
 
 
@@ -94,12 +82,27 @@ def browser(tmp_path):
     driver.quit()
 
 
-def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong(browser, tmp_path, small_data):
+@pytest.fixture
+def page(tmp_path):
+    """The live page's own process for three that run in tmp_path: page(three) -> its address."""
+    started = []
+
+    def serve(three):
+        port = free_ports(1)[0]
+        servers = [f"--{who}-server=127.0.0.1:{three.port(who)}" for who in ("oracle", "output", "input")]
+        started.append(start("plot.py", "--live", three.progress, "--port", port, *servers, log=tmp_path / "page.log"))
+        wait_until(lambda: f"127.0.0.1:{port}" in (tmp_path / "page.log").read_text(), "the live page")
+        return f"http://127.0.0.1:{port}/"
+    yield serve
+    assert [end(process) for process in started] == [0] and "Traceback" not in (tmp_path / "page.log").read_text()
+
+
+def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong(browser, page, tmp_path, small_data):
     with Three(tmp_path, input=[*small_data, "--num-epochs", 10**6, "--snapshot-seconds", 1]) as three:
         three.start()
         wait_until(lambda: (three.status("input") or {}).get("test_mse"), "training to start")
         browser.set_window_size(390, 844)
-        browser.get(f"http://127.0.0.1:{three.port('input')}/")
+        browser.get(page(three))
 
         def pixels():
             image = browser.find_element("id", "surface")
@@ -107,30 +110,28 @@ def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong
                 return None
             return np.asarray(Image.open(io.BytesIO(image.screenshot_as_png)).convert("RGB")).astype(int)
 
+        def text():
+            return browser.find_element("tag name", "body").text
         wait_until(lambda: (shot := pixels()) is not None and shot.std() > 20, "a picture of the surface")
         first = pixels()
         wait_until(lambda: (shot := pixels()) is not None and shot.shape == first.shape and (shot != first).any(),
                    "the picture to change as training goes on")
-        text = browser.find_element("tag name", "body").text
-        for word in ("training layer 1 along synthetic gradients", "input trainer", "examples sent", "oracle", "cosine"):
-            assert word in text
+        for words in ("training along synthetic gradients", "of at most 50", "waits for the oracle", "examples sent",
+                      "gradient cosine", "has learned from update"):
+            assert words in text()
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-
-        def state():
-            return browser.find_element("tag name", "body").text
-        three.processes["oracle"].kill()
-        wait_until(lambda: "unreachable" in state(), "the page to say that the oracle is gone")
+        three.kill("oracle")
+        wait_until(lambda: "waited for: oracle" in text(), "the page to say that the oracle is gone")
         three.start("oracle")
-        wait_until(lambda: "unreachable" not in state(), "the page to see the oracle again")
-        three.processes["input"].kill()
-        wait_until(lambda: "does not answer" in state(), "the page to say that the input trainer is gone")
+        wait_until(lambda: "waited for" not in text(), "the page to see the oracle again")
+        three.kill("input")
+        wait_until(lambda: "does not answer" in text(), "the page to say that the input trainer is gone")
 
 
-def test_the_live_page_says_that_training_is_finished(browser, tmp_path, small_data):
-    with Three(tmp_path, input=[*small_data, "--num-epochs", 100]) as three:
+def test_the_live_page_says_that_training_is_finished(browser, page, tmp_path, small_data):
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 20]) as three:
         three.start()
-        wait_until(lambda: three.status("input"), "the page to be served")
-        browser.get(f"http://127.0.0.1:{three.port('input')}/")
+        browser.get(page(three))
         assert three.wait_for_input(60) == 0
-        assert "training is finished" in browser.find_element("id", "state").text
+        wait_until(lambda: "training is finished" in browser.find_element("id", "state").text, "the page to say so")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from plot import read_metrics
+from plumbing.runs import read_metrics
 from tests.processes import DEADLINE, ROOT, Three, end, start, wait_until
 
 DATA = [ROOT / "x.npy", ROOT / "y.npy"]
