@@ -1,10 +1,9 @@
-"""`make bench`: the project's targets as one table, ours beside the baseline in one run. Takes about a quarter of an hour.
+"""`make bench`: the project's targets as one table, ours beside the baseline in one run. Half an hour for three seeds.
 
-    python -m tests.benchmarks.bench --seeds 3
+    python -m tests.benchmarks.bench --seeds 3 --spread 5
 """
 import argparse
 import base64
-import http.client
 import json
 import multiprocessing
 import tempfile
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import requests
-from tqdm import tqdm
 
-from sgd import load_data
-from tests.benchmarks.measure import DATA, print_table, resident_megabytes, run_sgd, run_three, time_to
+from plumbing.runs import load_data
+from sgd import make_layers, minibatches, train
+from tests.benchmarks.measure import (DATA, TARGETS, Runs, cell, final, ratio, resident_megabytes, run_sgd, run_three,
+                                      swing, table, time_to)
 from tests.processes import Three, free_ports, wait_until
 
 SECONDS = 60   # of training, in the decoupled runs
@@ -33,7 +33,7 @@ def bare_loop(examples=30_000):
         x0 = x[k:k + 1]
         h1 = 0.5 * np.tanh(0.5 * (x0.dot(w1) + b1)) + 0.5
         h2 = 0.5 * np.tanh(0.5 * (h1.dot(w2) + b2)) + 0.5
-        g3 = h2.dot(w3) + b3 - y[k:k + 1, None]
+        g3 = h2.dot(w3) + b3 - y[k:k + 1]
         g2 = g3.dot(w3.T) * (h2 * (1 - h2))
         g1 = g2.dot(w2.T) * (h1 * (1 - h1))
         w3 -= rate * h2.T.dot(g3)
@@ -47,11 +47,11 @@ def bare_loop(examples=30_000):
 
 def layered_loop(examples=30_000):
     """Seconds per example of sgd.py's own loop."""
-    import sgd
     x, y, *_ = load_data(*DATA)
-    layers = sgd.make_layers([2, 24, 12, 1], np.random.default_rng(0))
+    layers = make_layers([2, 24, 12, 1], np.random.default_rng(0))
     began = time.perf_counter()
-    next(sgd.train(layers, x[:examples], y[:examples], 1, 0.002, 1, 1, 0, np.random.default_rng(0)))
+    for _ in train(layers, x, y, minibatches(examples, 1, 1, seed=0), lambda clock: 0.002, 0.0):
+        pass
     return (time.perf_counter() - began) / examples
 
 
@@ -68,109 +68,100 @@ def echo_server(port):
     waitress.serve(app, port=port, threads=4, _quiet=True)
 
 
-def echo_times(count=1500):
-    """Milliseconds of a bare echo of 100 × 24 floats, idle, by http.client (ours) and by requests."""
+def echo_milliseconds(count=1500):
+    """The median of a bare idle echo of 100 × 24 floats by requests."""
     port = free_ports(1)[0]
     server = multiprocessing.get_context("spawn").Process(target=echo_server, args=(port,), daemon=True)
     server.start()
     body = json.dumps({"h": base64.b64encode(np.zeros((100, 24), "f")).decode()}).encode()
-    headers, times = {"Content-Type": "application/json"}, {}
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-
-    def by_http_client():
-        connection.request("POST", "/echo", body, headers)
-        return base64.b64decode(json.loads(connection.getresponse().read())["h"])
-
-    session = requests.Session()
+    session, taken = requests.Session(), []
     session.trust_env = False
 
-    def by_requests():
-        return base64.b64decode(session.post(f"http://127.0.0.1:{port}/echo", data=body, headers=headers).json()["h"])
+    def echo():
+        answer = session.post(f"http://127.0.0.1:{port}/echo", data=body, headers={"Content-Type": "application/json"})
+        return base64.b64decode(answer.json()["h"])
 
     def answers():
         try:
-            return by_http_client()
-        except OSError:
-            connection.close()
+            return echo()
+        except requests.RequestException:
+            return None
     wait_until(answers, "the echo server")
-    for name, call in (("http.client", by_http_client), ("requests", by_requests)):
-        taken = []
-        for _ in range(count):
-            began = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - began)
-        times[name] = float(np.median(taken)) * 1e3
+    for _ in range(count):
+        began = time.perf_counter()
+        echo()
+        taken.append(time.perf_counter() - began)
     server.terminate()
-    return times
+    return float(np.median(taken)) * 1e3
 
 
-def ready_seconds(folder):
-    began = time.monotonic()
-    with Three(folder, input=DATA) as three:
+def ready_seconds():
+    with tempfile.TemporaryDirectory() as folder, Three(folder, input=DATA) as three:
+        began = time.monotonic()
         three.start()
         wait_until(lambda: (three.status("oracle") or {}).get("ready") and three.status("output")
                    and three.status("input"), "the three processes")
         return time.monotonic() - began
 
 
+TRUE = ["--gradients", "true", "--learning-rate", 0.4, "--momentum", 0.9, "--decay", 200_000, "--warm-up", 0]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of the comparison with sgd.py (%(default)s)")
+    parser.add_argument("--spread", type=int, default=5, help="seeds of 16 epochs, for the spread (%(default)s)")
     args = parser.parse_args()
-    rows, ratios, batch_ratios, decoupled, controls, memory, latency = [], [], [], [], [], [], []
+    runs, memory, latency = Runs("bench", 4 * args.seeds + 2 * args.spread), [], []
+    plain, batched, ours, zero, spread, true = ([] for _ in range(6))
 
     def watch(three):
         memory.append(resident_megabytes(three))
         state = three.status("input")
-        if state["seconds"] > 5:
-            latency.append([state["latency_ms"]["p50"], state["latency_ms"]["p95"]])
+        if state and state["seconds"] > 5:
+            latency.append([state["latency_ms"], state["latency_ms_p95"]])
 
-    with tempfile.TemporaryDirectory() as name, tqdm(total=2 + 4 * args.seeds, desc="bench", unit="part") as bar:
-        folder = Path(name)
-        (folder / "ready").mkdir()
-        ready = ready_seconds(folder / "ready")
-        bar.update()
-        pairs = [(layered_loop(), bare_loop()) for _ in range(5)]
-        layered, bare = np.min(pairs, axis=0)
-        bar.update()
-        rates = []
-        for seed in range(args.seeds):
-            plain = run_sgd(folder / f"sgd{seed}", "--num-epochs", 20, "--seed", seed)
-            bar.update()
-            goal = plain["test_mse"][-1]
-            ours = run_three(folder / f"synthetic{seed}", SECONDS, seed, input=["--snapshot-seconds", 2], watch=watch)
-            bar.update()
-            zero = run_three(folder / f"zero{seed}", SECONDS, seed, input=["--snapshot-seconds", 2, "--gradients", "zero"])
-            bar.update()
-            batched = run_sgd(folder / f"batched{seed}", "--num-epochs", 20, "--batch-size", 100, "--momentum", 0.9,
-                              "--learning-rate", 0.2, "--decay", 1, "--seed", seed)
-            bar.update()
-            ratios.append((time_to(ours, goal) / time_to(plain, goal), time_to(ours, goal), time_to(plain, goal), goal))
-            batch_ratios.append(time_to(ours, goal) / time_to(batched, goal))
-            decoupled.append(np.median(ours["test_mse"][-3:]))
-            controls.append(np.median(zero["test_mse"][-3:]))
-            rates.append(ours["examples"][-1] / ours["seconds"][-1])
-        echo = echo_times()
-    ratio, ours, plain, goal = sorted(ratios)[len(ratios) // 2]
-    p50, p95 = np.median(latency, axis=0)
+    for seed in range(args.seeds):
+        seeded = ["--seed", seed, "--num-epochs", 20]
+        plain.append(runs.get("sgd.py", seed, lambda folder: run_sgd(folder, *seeded)))
+        batched.append(runs.get("mini-batch", seed, lambda folder: run_sgd(
+            folder, *seeded, "--batch-size", 100, "--momentum", 0.9, "--learning-rate", 0.2, "--decay", 1)))
+        ours.append(runs.get("synthetic", seed, lambda folder: run_three(folder, SECONDS, seed, watch=watch)))
+        zero.append(runs.get("zero", seed, lambda folder: run_three(folder, SECONDS, seed, input=["--gradients", "zero"])))
+    for seed in range(args.spread):
+        spread.append(runs.get("16 epochs", seed, lambda folder: run_three(folder, seed=seed, input=["--num-epochs", 16])))
+        true.append(runs.get("16 epochs true", seed, lambda folder: run_three(
+            folder, seed=seed, output=["--learning-rate", 0.4], input=["--num-epochs", 16, *TRUE])))
+    ready, echo = ready_seconds(), echo_milliseconds()
+    layered, bare = np.min([(layered_loop(), bare_loop()) for _ in range(5)], axis=0)
+
+    goals = [each["test_mse"][-1] for each in plain]
+    mine, theirs, quick = ([time_to(each, goal) for each, goal in zip(group, goals)] for group in (ours, plain, batched))
+    theirs = [each["seconds"][-1] for each in plain]
+    p50, p95 = np.median(latency, axis=0) if latency else (np.nan, np.nan)
+    reached, reached_true = ([final(each) for each in group] for group in (spread, true))
     rows = [
-        ("time to sgd.py's MSE after 20 epochs, over sgd.py's own", f"{ratio:.2f}", "0.1 (0.2)",
-         f"{ours:.1f} s against {plain:.1f} s to {goal:.4f}; seeds: {', '.join(f'{r[0]:.2f}' for r in ratios)}"),
-        ("the same over mini-batch SGD in one process", f"{np.median(batch_ratios):.1f}", "–",
-         "batch 100, momentum 0.9: what the wire costs"),
-        (f"MSE after {SECONDS} s, over the zero-gradient control's", f"{np.median(np.divide(decoupled, controls)):.2f}",
-         "0.5", f"{', '.join(f'{a:.4f}/{b:.4f}' for a, b in zip(decoupled, controls))}"),
-        ("estimate_gradients while training, median", f"{p50:.2f} ms", "2 ms", "100 × 24"),
-        ("estimate_gradients while training, 95th percentile", f"{p95:.2f} ms", "4 ms", ""),
-        ("its median over a bare idle echo by requests", f"{p50 / echo['requests']:.2f}", "1.5",
-         ", ".join(f"{name} {value:.2f} ms" for name, value in echo.items())),
-        ("examples/s at batch 100", f"{np.median(rates):,.0f}", "40,000", ""),
+        ("time to sgd.py's 20-epoch MSE, two rows running, over its own time", ratio(mine, theirs)[0], "0.07",
+         ratio(mine, theirs, ".0f")[1] + " s"),
+        ("the same time over mini-batch SGD's in one process (batch 100, momentum 0.9, a row an epoch)",
+         ratio(mine, quick)[0], "–", ratio(mine, quick, ".1f")[1] + " s"),
+        (f"MSE after {SECONDS} s, over the zero-gradient control's", *ratio(
+            list(map(final, ours)), list(map(final, zero)))[:1], "0.34", ratio(list(map(final, ours)), list(map(final, zero)))[1]),
+        ("the worst of the seeds over the best, 16 epochs", f"{max(reached) / min(reached):.2f}", "2",
+         f"{cell(reached)}; true gradients' {max(reached_true) / min(reached_true):.2f}: {cell(reached_true)}"),
+        ("highest over lowest row (every 2 s) in the last third of a run, the worst of the seeds",
+         f"{max(map(swing, spread)):.2f}", "2", f"{cell(list(map(swing, spread)), '.2f')}; true gradients' "
+                                               f"{cell(list(map(swing, true)), '.2f')}"),
+        ("estimate_gradients while training, over an idle echo's median by requests: median, 95th percentile",
+         f"{p50 / echo:.2f}, {p95 / echo:.2f}", "2, 6", f"{p50:.2f}, {p95:.2f} ms; echo {echo:.2f} ms"),
+        ("staleness: median, 95th percentile", f"{np.median(ours[0]['staleness'][1:]):.0f}, "
+         f"{max(each['staleness_p95'][1:].max() for each in ours):.0f}", "–, 50", "updates"),
+        ("examples/s", f"{np.median([each['examples'][-1] / each['seconds'][-1] for each in ours]):,.0f}", "–", "batch 100"),
         ("all three processes ready", f"{ready:.1f} s", "12 s", ""),
-        ("resident memory of the three, at most", f"{max(memory):.0f} MB", "900 MB", ""),
+        ("resident memory of the three, at most", f"{max(memory or [np.nan]):.0f} MB", "900 MB", ""),
         ("an epoch of sgd.py over a bare NumPy loop", f"{layered / bare:.2f}", "1.15",
-         f"{layered * 1e6:.1f} µs against {bare * 1e6:.1f} µs an example"),
-    ]
-    print_table(*rows)
+         f"{layered * 1e6:.1f} µs against {bare * 1e6:.1f} µs an example")]
+    table("bench", TARGETS, rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Fills a real output trainer and a real oracle over HTTP, and watches them train over what they hold. About two minutes.
 """
 import argparse
-import functools
 import tempfile
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from synthgrad import LayerClient, OracleClient, examples_per_message
-from tests.benchmarks.measure import print_table
+from synthgrad import LayerClient, OracleClient, rows_per_message
+from tests.benchmarks.measure import TARGETS, table
 from tests.processes import Three, wait_until
 
 CASES = [(24, 20_000, 2_000_000), (1024, 20_000, 200_000)]  # width, fewer examples, more examples
@@ -26,33 +25,32 @@ def resident(three, name):
 def fill(three, name, width, start, count):
     """Posts examples with the indices start, start + 1, …; returns when all are stored."""
     rng = np.random.default_rng(start)
-    rows = min(5000, examples_per_message(2 * width))
+    rows = min(5000, rows_per_message(2 * width + 1))
     client = (LayerClient if name == "output" else OracleClient)(f"127.0.0.1:{three.port(name)}", timeout=60)
     for k in range(start, count, rows):
         i = np.arange(k, min(k + rows, count))
-        h, y = rng.random((len(i), width), "f"), rng.random(len(i), "f")
+        h, y = rng.random((len(i), width), "f"), rng.random((len(i), 1), "f")
         if name == "output":
-            client.training_examples(i, h, y)
+            client.training_examples(i, h, y, i)
         else:
-            client.provide_gradients(i, h, y, 0.01 * h)
+            client.provide_gradients(i, h, y, i, 0.01 * h)
 
 
 def grow(folder, name, width, fewer, more):
     """One of the two alone, filled in two stages: bytes per example over raw bytes, and µs per example at each."""
     folder.mkdir()
-    with Three(folder, oracle=["--layers", width, width, "--keep", more, "--learning-rate", 1e-4],
-               output=["--layers", width, 12, 1, "--keep", more, "--learning-rate", 1e-3]) as three:
-        three.start("oracle", "output")  # the output trainer begins when an oracle is there
+    with Three(folder, oracle=["--layers", width, width, "--keep", more, "--learning-rate", 1e-4, "--replay", 1e6],
+               output=["--layers", width, 12, 1, "--keep", more, "--learning-rate", 1e-3, "--replay", 1e6]) as three:
+        three.start("oracle", "output")
         wait_until(lambda: (three.status("oracle") or {}).get("ready") and three.status("output"), "the processes", 120)
         sizes, times, done = [], [], 0
         for count in (fewer, more):
             fill(three, name, width, done, count)
             done = count
-            # The newest example comes again and again, for a training loop rests when nothing does.
-            again = functools.partial(fill, three, name, width, done - 1, done)
-            times.append(1e6 / BATCH / three.updates_per_second(name, 4, again))
+            wait_until(lambda: not three.status(name)["examples"].get("waiting"), "what has arrived to be trained on", 300)
+            times.append(1e6 / BATCH / three.updates_per_second(name, 4))  # of replay, which has no bound here
             sizes.append(resident(three, name))
-        raw = {"output": 8 + 4 * width + 4, "oracle": 8 * width}[name]  # i, h, y; h, g
+        raw = {"output": 4 * width + 4, "oracle": 8 * width + 8}[name]  # h, y; h, g, clock
     return (sizes[1] - sizes[0]) / (more - fewer) / raw, times
 
 
@@ -68,7 +66,7 @@ def main():
                          (f"{name}, width {width}: time per example, {more:,} over {fewer:,} stored",
                           f"{after / before:.2f}", "1.1", f"{before:.2f} → {after:.2f} µs")]
                 bar.update()
-    print_table(*rows)
+    table("bench-growth", TARGETS, rows)
 
 
 if __name__ == "__main__":

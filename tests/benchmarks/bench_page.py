@@ -1,47 +1,62 @@
-"""`make bench-page`: the share of throughput that the live page costs while somebody looks. About four minutes.
+"""`make bench-page`: what a browser on the live page costs: the MSE after 8 epochs with one, over that without.
 
-Windows without and with a viewer take turns in one run. The viewer asks what the page's script asks, as often, but
-draws nothing itself: a browser's own work is not the training's.
+The viewer asks what the page's script asks, as often, and draws nothing; the page's own process draws. Six minutes.
 """
 import argparse
-import json
-import tempfile
-import time
-import urllib.request
+import contextlib
+import subprocess
+import sys
 
-import numpy as np
+from tests.benchmarks.measure import TARGETS, Runs, final, ratio, run_three, table
+from tests.processes import end, free_ports, start, wait_until
 
-from tests.benchmarks.measure import DATA, print_table
-from tests.processes import Three, wait_until
+VIEWER = """
+import json, sys, time, urllib.request
+shown = None
+while True:
+    version = json.load(urllib.request.urlopen(sys.argv[1] + "live"))["version"]
+    for kind in ("surface", "curves") if version != shown else ():
+        urllib.request.urlopen(f"{sys.argv[1]}{kind}.png").read()
+    shown = version
+    time.sleep(2)
+"""
 
 
-def examples_per_second(three, looking, seconds):
-    """Of a window that begins when the run's counters have just moved."""
-    address, seen = f"http://127.0.0.1:{three.port('input')}", None
-    began, before = time.monotonic(), three.status("input")["examples"]
-    while time.monotonic() - began < seconds:
-        if looking:
-            version = json.load(urllib.request.urlopen(f"{address}/live"))["version"]
-            for kind in ("surface", "curves") if version != seen else ():
-                urllib.request.urlopen(f"{address}/{kind}.png?version={version}").read()
-            seen = version
-        time.sleep(2)
-    return (three.status("input")["examples"] - before) / (time.monotonic() - began)
+@contextlib.contextmanager
+def looked_at(folder):
+    """The live page of the run in `folder`, and somebody who looks at it."""
+    port = free_ports(1)[0]
+    page = start("plot.py", "--live", folder / "progress", "--port", port, log=folder / "page.log")
+    wait_until(lambda: str(port) in (folder / "page.log").read_text(), "the live page")
+    viewer = subprocess.Popen([sys.executable, "-c", VIEWER, f"http://127.0.0.1:{port}/"], start_new_session=True)
+    try:
+        yield
+        assert viewer.poll() is None
+    finally:
+        end(viewer)
+        end(page)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=12, help="of windows (%(default)s)")
-    pairs = parser.parse_args().pairs
-    with tempfile.TemporaryDirectory() as name, Three(name, input=[*DATA, "--num-epochs", 10**6]) as three:
-        three.start()
-        wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > 8, "training to start")
-        rates = np.array([[examples_per_second(three, looking, 8) for looking in (False, True)] for _ in range(pairs)])
-    costs = 1 - rates[:, 1] / rates[:, 0]
-    low, middle, high = np.percentile(costs, [25, 50, 75])
-    print_table(("throughput that the live page costs while one looks", f"{middle:.1%}", "5%",
-                 f"median of {pairs} pairs of windows; quartiles {low:.1%} and {high:.1%}; "
-                 f"{np.median(rates[:, 0]):,.0f} examples/s without"))
+    parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
+    seeds = parser.parse_args().seeds
+    runs, alone, watched = Runs("bench-page", 2 * seeds), [], []
+    for seed in range(seeds):
+        def run(folder):
+            run_three(folder, seed=seed, input=["--num-epochs", 8])
+
+        def run_watched(folder):
+            with looked_at(folder):
+                run(folder)
+        alone.append(runs.get("alone", seed, run))
+        watched.append(runs.get("watched", seed, run_watched))
+    table("bench-page", TARGETS, [
+        ("MSE after 8 epochs with a browser on the live page, over that without", *ratio(
+            list(map(final, watched)), list(map(final, alone)))[:1], "1.1", ratio(
+            list(map(final, watched)), list(map(final, alone)))[1]),
+        ("seconds with, over those without", *ratio([each["seconds"][-1] for each in watched],
+                                                    [each["seconds"][-1] for each in alone], ".0f")[:1], "–", "")])
 
 
 if __name__ == "__main__":

@@ -1,79 +1,75 @@
-"""`make compare`: the claims that apply, tested: seven ways to train, three seeds each. About half an hour.
+"""`make compare`: every way to train, on the default problem: what is a guess worth? Half an hour for three seeds.
 
-    python -m tests.benchmarks.compare --epochs 10 --seeds 3
-
-Every run sees the same data and the same number of examples. Finished runs are kept in compare/, so that it can be
-interrupted and started again. Writes compare/table.md and compare/curves.png, and prints the table.
+True, zero and shuffled gradients, and guesses by both oracles with and without labels; the output half keeps and replays
+its set in all of them. The same number of examples each. The rates of true gradients are those that `--search` finds, on
+another target and seeds that are not reported. Writes benchmarks/compare.md and compare.png.
 """
 import argparse
-from pathlib import Path
+import itertools
 
 import numpy as np
-from tqdm import tqdm
 
 from plot import draw_curves, png
-from tests.benchmarks.measure import kept, machine, run_sgd, run_three
+from tests.benchmarks.measure import KEPT, Runs, cell, final, other_target, run_sgd, run_three, table
 
-RUNS = {  # name: (options of the oracle, options of the input trainer, what it tests); None for sgd.py
-    "sgd.py": (None, None, "the baseline"),
-    "true gradients": ([], ["--gradients", "true"], "the same split, update-locked"),
-    "zero gradients": ([], ["--gradients", "zero"], "the control: is the oracle worth anything?"),
-    "synthetic, oracle 24-12-24": ([], [], "the default"),
-    "synthetic, linear oracle": (["--layers", 24, 24], [], "will a much smaller oracle do?"),
-    "synthetic, oracle 24-128-128-24": (["--layers", 24, 128, 128, 24], [], "does capacity help?"),
-    "synthetic, labels shown": (["--condition-on-labels"], [], "the paper's cDNI"),
-}
-# True gradients arrive undelayed and unguessed, so that both halves
-# can take the rate and the momentum of ordinary minibatch SGD.
-TRUE = ["--learning-rate", 0.2, "--momentum", 0.9, "--decay", 200_000, "--warm-up", 0]
-
-
-def run(folder, name, seed, epochs):
-    """One run of the table, in `folder`."""
-    oracle, input, _ = RUNS[name]
-    if oracle is None:
-        run_sgd(folder, "--num-epochs", epochs, "--seed", seed)
-    else:
-        extra = TRUE if name == "true gradients" else []
-        output = ["--learning-rate", 0.2] if extra else []
-        run_three(folder, None, seed, oracle, output,
-                  [*input, *extra, "--num-epochs", epochs, "--snapshot-seconds", 2])
+LINEAR, LABELS = ["--layers", 24, 24], ["--condition-on-labels"]
+WAYS = {  # name: --gradients, options of the oracle; None for sgd.py
+    "sgd.py": (None, []),
+    "true": ("true", []),
+    "zero": ("zero", []),
+    "synthetic, oracle 24-12-24": ("synthetic", []),
+    "shuffled, oracle 24-12-24": ("shuffled", []),
+    "synthetic, labels": ("synthetic", LABELS),
+    "synthetic, linear": ("synthetic", LINEAR),
+    "shuffled, linear": ("shuffled", LINEAR),
+    "synthetic, linear, labels": ("synthetic", [*LINEAR, *LABELS])}
+RATES = {  # of layer 1 and of the output half; the momentum of layer 1
+    "true": (0.4, 0.1, 0.9), "synthetic": (3.0, 0.1, 0.0)}
+GRID = {"true": [(rate, rate_out, 0.9) for rate in (0.1, 0.2, 0.4, 0.8) for rate_out in (0.1, 0.2, 0.4)],
+        "synthetic": [(rate, rate_out, 0.0) for rate in (1.0, 2.0, 3.0, 6.0) for rate_out in (0.05, 0.1, 0.2)]}
 
 
-def cell(values, form):
-    """Median and range."""
-    return f"{np.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
+def run(folder, gradients, oracle, rates, seed, epochs, **options):
+    rate, rate_out, momentum = rates
+    run_three(folder, seed=seed, oracle=oracle, output=["--learning-rate", rate_out], input=[
+        "--gradients", gradients, "--learning-rate", rate, "--momentum", momentum, "--num-epochs", epochs,
+        *(["--warm-up", 0] if gradients == "true" else [])], **options)
+
+
+def search(epochs, seeds=(11, 12)):
+    """The same effort for both: the grid and what was reached on it, on another target."""
+    data = other_target(KEPT / "other")
+    for gradients, grid in GRID.items():
+        runs, reached = Runs(f"compare-search-{gradients}", len(grid) * len(seeds)), {}
+        for seed, rates in itertools.product(seeds, grid):
+            reached.setdefault(rates, []).append(final(runs.get(str(rates), seed, lambda folder: run(
+                folder, gradients, [], rates, seed, epochs, data=data))))
+        table(f"compare-search-{gradients}", ("rate of layer 1, of the output half, momentum", "MSE on another target"),
+              [(rates, cell(values)) for rates, values in sorted(reached.items(), key=lambda each: np.median(each[1]))])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10, help="%(default)s")
+    parser.add_argument("--epochs", type=int, default=8, help="%(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
-    parser.add_argument("--dir", type=Path, default=Path("compare"), help="%(default)s")
+    parser.add_argument("--search", action="store_true", help="print what the grid of rates gives, instead")
     args = parser.parse_args()
-    args.dir.mkdir(exist_ok=True)
-    results = {name: [] for name in RUNS}
-    with tqdm(total=len(RUNS) * args.seeds, unit="run") as bar:
-        for seed in range(args.seeds):
-            for name in RUNS:
-                bar.set_postfix_str(f"{name}, seed {seed}")
-                results[name].append(kept(args.dir, f"{name}_{args.epochs}_{seed}",
-                                          lambda folder: run(folder, name, seed, args.epochs)))
-                bar.update()
-    lines = [f"{args.epochs} epochs of 190,000 examples, {args.seeds} seeds: median (range). {machine()}.", "",
-             "| run | what it tests | held-out MSE | seconds | mean gradient cosine |", "| --- | --- | --- | --- | --- |"]
-    middle = {}
-    for name, runs in results.items():
-        mse = [float(np.median(metrics["test_mse"][-3:])) for metrics in runs]
-        cosines = [float(np.mean(metrics["gradient_cosine"][1:])) for metrics in runs if "gradient_cosine" in metrics]
-        lines.append(f"| {name} | {RUNS[name][2]} | {cell(mse, '.4f')} | "
-                     f"{cell([metrics['seconds'][-1] for metrics in runs], '.0f')} | "
-                     f"{cell(cosines, '.2f') if cosines and np.isfinite(cosines).all() else '–'} |")
-        middle[name] = runs[int(np.argsort(mse)[len(mse) // 2])]
-    table = "\n".join(lines) + "\n"
-    (args.dir / "table.md").write_text(table)
-    (args.dir / "curves.png").write_bytes(png(draw_curves, middle, size=(9, 6), dpi=110))
-    print(f"\n{table}\nwrote {args.dir / 'table.md'} and {args.dir / 'curves.png'} (of each, the seed with the median MSE)")
+    if args.search:
+        return search(args.epochs)
+    runs, results = Runs("compare", len(WAYS) * args.seeds), {name: [] for name in WAYS}
+    for seed in range(args.seeds):
+        for name, (gradients, oracle) in WAYS.items():
+            results[name].append(runs.get(f"{name} {args.epochs}", seed, lambda folder: (
+                run(folder, gradients, oracle, RATES["true" if gradients == "true" else "synthetic"], seed, args.epochs)
+                if gradients else run_sgd(folder, "--num-epochs", args.epochs, "--seed", seed))))
+    table("compare", ("gradients", f"MSE after {args.epochs} epochs", "seconds", "mean gradient cosine"), [
+        (name, cell(list(map(final, each))), cell([metrics["seconds"][-1] for metrics in each], ".0f"),
+         cell([np.mean(metrics["gradient_cosine"][1:]) for metrics in each], ".2f")
+         if "gradient_cosine" in each[0] and np.isfinite(each[0]["gradient_cosine"][1:]).all() else "–")
+        for name, each in results.items()])
+    middle = {name: each[int(np.argsort(list(map(final, each)))[len(each) // 2])] for name, each in results.items()}
+    (KEPT / "compare.png").write_bytes(png(draw_curves, middle, size=(9, 8), dpi=110))
+    print(f"wrote {KEPT / 'compare.png'}: of each, the seed with the median MSE")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
-from tests.benchmarks.measure import DATA, print_table, resident_megabytes
+from tests.benchmarks.measure import DATA, TARGETS, resident_megabytes, table
 from tests.processes import Three, wait_until
 
 
@@ -20,23 +20,23 @@ def main():
             while not rows or rows[-1][0] < seconds:
                 state = wait_until(lambda: (s := three.status("input")) and s["seconds"] > 10 * (len(rows) + 1) and s,
                                    "ten more seconds of training", 120)
-                rows.append((state["seconds"], resident_megabytes(three), state["latency_ms"]["p50"],
-                             state["latency_ms"]["p95"], state["test_mse"]))
+                rows.append((state["seconds"], resident_megabytes(three), state["latency_ms"],
+                             state["latency_ms_p95"], state["test_mse"]))
                 bar.update(round(rows[-1][0]) - bar.n)
         counters = {name: three.status(name) for name in three.processes}
     rows = np.array(rows)
     quarter = len(rows) // 4
     first, last = np.median(rows[:quarter], axis=0), np.median(rows[-quarter:], axis=0)
-    print_table(*((what, f"{last[n]:.{digits}f}", "–",
-                   f"{first[n]:.{digits}f} in the first quarter; {rows[:, n].min():.{digits}f} to {rows[:, n].max():.{digits}f}")
-                  for n, what, digits in ((1, f"resident memory of the three, MB, last quarter of {seconds} s", 0),
-                                          (2, "estimate_gradients, median, ms", 2),
-                                          (3, "estimate_gradients, 95th percentile, ms", 2),
-                                          (4, "held-out MSE", 4))),
-                ("examples sent, and dropped by the senders",
-                 ", ".join(f"{sent['sent']:,} and {sent['dropped']:,}" for sent in
-                           (counters["input"]["examples_sent"], counters["output"]["gradients"])), "–",
-                 "by the input trainer, by the output trainer"))
+    table("soak", TARGETS, [
+        *((what, f"{last[n]:.{digits}f}", "–",
+           f"{first[n]:.{digits}f} in the first quarter; {rows[:, n].min():.{digits}f} to {rows[:, n].max():.{digits}f}")
+          for n, what, digits in ((1, f"resident memory of the three, MB, last quarter of {seconds} s", 0),
+                                  (2, "estimate_gradients, median, ms", 2), (3, "estimate_gradients, 95th percentile, ms", 2),
+                                  (4, "held-out MSE", 4))),
+        ("examples sent, and dropped by the senders", ", ".join(
+            f"{sent['sent']:,} and {sent['dropped']:,}" for sent in (
+                counters["input"]["examples_sent"], counters["output"]["gradients"])), "–",
+         "by the input trainer, by the output trainer")])
 
 
 if __name__ == "__main__":
