@@ -104,8 +104,9 @@ class Layer:
         Remembers the gradients of this layer's own w and b. Here, and only here, the mean over the batch is taken.
         """
         dL_dz = g * self.activation.derivative(self.h)
-        self.dL_dw = self.x.T.dot(dL_dz) / len(g)
-        self.dL_db = np.add.reduce(dL_dz) / len(g)
+        mean_dL_dz = dL_dz / len(g)
+        self.dL_dw = self.x.T.dot(mean_dL_dz)
+        self.dL_db = np.add.reduce(mean_dL_dz)
         return dL_dz.dot(self.w.T)
 
     def descend(self, learning_rate, momentum):

@@ -122,21 +122,12 @@ class Run:
 
     def connect(self):
         """Wait for both processes; check that they fit, and that a new run begins with new partners."""
-        args, k = self.args, self.y.shape[1]
         partners = {"train_output.py": self.from_output(self.output.status)}
-        if args.gradients != "true":
+        if self.args.gradients != "true":
             partners["oracle.py"] = self.from_oracle(self.oracle.status)
-        for name, status in partners.items():
-            if status.layers[0] != args.layers[-1]:
-                raise ValueError(f"the --layers of {name} begin with {status.layers[0]}, ours end with {args.layers[-1]}")
-            if status.condition_on_labels not in (0, k):
-                raise ValueError(f"{name} was started with --condition-on-labels {status.condition_on_labels}; y has a width of {k}")
         self.output_dims = partners["train_output.py"].layers
-        runs.check_widths(self.x, self.y, args.layers[0], self.output_dims[-1], "the network that --layers make of the halves")
-        used = [f"{name} (at {status.updates} updates)" for name, status in partners.items() if status.updates]
-        if used and not args.resume:
-            raise ValueError(f"{' and '.join(used)} took part in an earlier run: restart what is named for a new run, "
-                             "or go on with that one by --resume")
+        runs.check_widths(self.x, self.y, self.args.layers[0], self.output_dims[-1], "the network of both halves' --layers")
+        serving.check_partners(partners, self.args.layers[-1], self.y.shape[1], self.args.resume)
 
     def publish(self):
         """What GET /weights answers."""
@@ -234,12 +225,12 @@ def warm_up_and_decay(clock, args):
 
 if __name__ == "__main__":
     parser = serving.argument_parser(
-        __doc__, 5003, layers=[2, 24], learning_rate=3.0, momentum=0.0, decay=10_000, batch_size=100, seed=0,
+        __doc__, 5003, layers=[2, 24], learning_rate=3.0, momentum=0.0, decay=20_000, batch_size=100, seed=0,
         oracle_server="127.0.0.1:5001", output_server="127.0.0.1:5002", progress_dir="progress", resume=False)
     runs.add_data_options(parser)
     add = parser.add_argument
     add("--gradients", choices=["synthetic", "true", "zero", "shuffled"], default="synthetic", help="(%(default)s)")
-    add("--staleness", type=serving.number(int, 1), default=50,
+    add("--staleness", type=serving.number(int, 1), default=20,
         help="updates that layer 1 may be ahead of what the oracle has learned from (%(default)s)")
     add("--warm-up", type=serving.number(float, 0), default=1000, help="updates until the full rate (%(default)s)")
     add("--num-epochs", type=serving.number(int, 1), default=16, help="%(default)s")

@@ -186,12 +186,10 @@ class Checkpoint:
             print(f"no {self.path}: starting afresh", file=sys.stderr)
             return None
         arrays = load(self.path)
-        for n, layer in enumerate(layers):
-            for part in self.PARTS:
-                array = arrays.pop(f"{part}{n}", None)
-                if array is None or array.shape != getattr(layer, part).shape:
-                    raise ValueError(f"--resume: {self.path} is of a run with other --layers")
-                setattr(layer, part, array)
-        if any(array.ndim for array in arrays.values()):
+        parts = {(layer, part): arrays.pop(f"{part}{n}", None) for n, layer in enumerate(layers) for part in self.PARTS}
+        if any(array.ndim for array in arrays.values()) or any(
+                array is None or array.shape != getattr(*where).shape for where, array in parts.items()):
             raise ValueError(f"--resume: {self.path} is of a run with other --layers")
+        for where, array in parts.items():
+            setattr(*where, array)
         return {name: array.item() for name, array in arrays.items()}

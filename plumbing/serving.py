@@ -69,6 +69,20 @@ def until_answered(call, who, stop, patience=math.inf, meanwhile=lambda: None):
     raise Stopped
 
 
+def check_partners(partners, width, k, resume):
+    """ValueError unless the statuses {program: Status} fit activations of `width` and y of `k`, and (without `resume`)
+    nobody has made an update yet: a new run never starts in silence on what an earlier one has left."""
+    for name, status in partners.items():
+        if status.layers[0] != width:
+            raise ValueError(f"the --layers of {name} begin with {status.layers[0]}, ours end with {width}")
+        if status.condition_on_labels not in (0, k):
+            raise ValueError(f"{name} was started with --condition-on-labels {status.condition_on_labels}; y has a width of {k}")
+    used = [f"{name} (at {status.updates} updates)" for name, status in partners.items() if status.updates]
+    if used and not resume:
+        raise ValueError(f"{' and '.join(used)} took part in an earlier run: restart what is named for a new run, "
+                         "or go on with that one by --resume")
+
+
 def make_app(process, status, args):
     """A Flask app that answers every error as JSON, and GET /status with what status() returns: a dict.
 

@@ -46,8 +46,8 @@ def hosts(request, tmp_path):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.parametrize("hosts, epochs, seconds", [((0, 0), 40, 0), ((0.02, 0.01), 4, 6)],
-                         ids=["near", "20 ms and 1% loss"], indirect=["hosts"])
+@pytest.mark.parametrize("hosts, epochs, seconds", [((0.02, 0.01), 3, 4)],
+                         ids=["20 ms and 1% loss"], indirect=["hosts"])
 def test_three_hosts_train_one_network(hosts, epochs, seconds, tmp_path, small_data):
     (tmp_path / "token").write_text("s3cret\n")
     oracle, output = (["--oracle-server", f"{ADDRESSES['oracle']}:5001"],
@@ -67,4 +67,4 @@ def test_three_hosts_train_one_network(hosts, epochs, seconds, tmp_path, small_d
     assert codes == [0, 0, 0]
     _, row = read_snapshot(snapshots(tmp_path / "progress")[-1])
     assert row["examples"] == epochs * 3800 
-    assert row["seconds"] > seconds  # 4 epochs are 152 questions, whose answers are 40 ms away
+    assert row["seconds"] > seconds  # 3 epochs are 114 questions, whose answers are 40 ms away

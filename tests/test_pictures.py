@@ -116,7 +116,7 @@ def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong
         first = pixels()
         wait_until(lambda: (shot := pixels()) is not None and shot.shape == first.shape and (shot != first).any(),
                    "the picture to change as training goes on")
-        for words in ("training along synthetic gradients", "of at most 50", "waits for the oracle", "examples sent",
+        for words in ("training along synthetic gradients", "of at most 20", "waits for the oracle", "examples sent",
                       "gradient cosine", "has learned from update"):
             assert words in text()
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")

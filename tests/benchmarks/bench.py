@@ -155,7 +155,7 @@ def main():
         ("estimate_gradients while training, over an idle echo's median by requests: median, 95th percentile",
          f"{p50 / echo:.2f}, {p95 / echo:.2f}", "2, 6", f"{p50:.2f}, {p95:.2f} ms; echo {echo:.2f} ms"),
         ("staleness: median, 95th percentile", f"{np.median(ours[0]['staleness'][1:]):.0f}, "
-         f"{max(each['staleness_p95'][1:].max() for each in ours):.0f}", "–, 50", "updates"),
+         f"{max(each['staleness_p95'][1:].max() for each in ours):.0f}", "–, 20", "updates"),
         ("examples/s", f"{np.median([each['examples'][-1] / each['seconds'][-1] for each in ours]):,.0f}", "–", "batch 100"),
         ("all three processes ready", f"{ready:.1f} s", "12 s", ""),
         ("resident memory of the three, at most", f"{max(memory or [np.nan]):.0f} MB", "900 MB", ""),
