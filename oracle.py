@@ -8,6 +8,8 @@ train_output.py throws examples (h, y, g, clock) at it, with the true gradients 
 gradients age as the network learns, and trains over them in a loop, minimising the mean of (ĝ − g)² (paper, eq. 5).
 train_input.py asks it for ĝ(h) and waits: that question is the critical path of the whole system.
 """
+import math
+
 import plumbing  # first, see there
 import numpy as np
 
@@ -106,20 +108,20 @@ def main(args, stop):
         raise ValueError(f"--layers {args.layers}: the first and the last must be equal, the width of h and of dL/dh")
     if STEPS * args.batch_size > args.keep * args.replay:
         raise ValueError(f"--keep times --replay must be at least {STEPS} times --batch-size: it trains so many at a time")
-    width, k = args.layers[0], args.condition_on_labels
+    width, labels = args.layers[0], args.condition_on_labels
     examples = exchange.NewestExamples(args.keep, args.replay)
     oracle, value, answered = None, None, 0
 
     def model_input(h, y):
-        if not k:
+        if not labels:
             return h
-        if y.shape[1] != k:
-            raise Refused(f"this oracle was started with --condition-on-labels {k}, but y has a width of {y.shape[1]}", 400)
+        if y.shape[1] != labels:
+            raise Refused(f"this oracle was started with --condition-on-labels {labels}, but y has a width of {y.shape[1]}", 400)
         return np.column_stack([h, y])
 
     def status():
-        return {"layers": args.layers, "condition_on_labels": k, "ready": oracle is not None,
-                "updates": oracle.updates if oracle else 0, "loss": value, "answered": answered,
+        return {"layers": args.layers, "condition_on_labels": labels, "ready": oracle is not None,
+                "needs": math.ceil(STEPS * args.batch_size / args.replay), "updates": oracle.updates if oracle else 0, "loss": value, "answered": answered,
                 "learned": oracle and oracle.published and oracle.published[0], "examples": examples.counters()}
 
     app = serving.make_app("oracle", status, args)
@@ -143,10 +145,10 @@ def main(args, stop):
 
     serving.serve(app, args)
     rng = np.random.default_rng([args.seed, 3])
-    oracle = Oracle([width + k, *args.layers[1:]], args.learning_rate, args.batch_size,
+    oracle = Oracle([width + labels, *args.layers[1:]], args.learning_rate, args.batch_size,
                     seed=int(rng.integers(2**31)))
     print(f"oracle {args.layers} answers on {args.host}:{args.port}", flush=True)
-    while not stop.is_set():
+    while not stop:
         if drawn := examples.draw(STEPS * args.batch_size, rng):
             value = oracle.train(*drawn)
         else:

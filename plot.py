@@ -13,6 +13,7 @@ import io
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +200,8 @@ def live(args, stop):
 
     serving.serve(app, args)
     print(f"the live page of {folder}: http://{args.host}:{args.port}/", flush=True)
-    stop.wait()
+    while not stop:
+        time.sleep(0.2)
 
 
 def main():

@@ -12,7 +12,8 @@ The symbols are the same here, in the README and on the wire:
 
 Everything works on a minibatch: x, y, h and g have the shape (batch, dim). It is written to be read, not to be fast:
 one example at a time (--batch-size 1) is stochastic gradient descent as the textbooks have it. The layers are the ones
-that train_input.py and train_output.py use, each on its own side of the cut, and so are their loops.
+that train_input.py and train_output.py use, each on its own side of the cut; their loops stand
+in the same words.
 """
 import argparse
 import time
@@ -36,7 +37,7 @@ class Sigmoid:
 
 
 class Linear:
-    """The last layer's activation where y is a number."""
+    """The last layer's activation where y is a number. Its derivative is 1, so that dL/dz is dL/dŷ = ŷ − y."""
     gain = 1
 
     @staticmethod
@@ -69,7 +70,7 @@ def loss(y_hat, y):
     """L of each example, (batch,): ½ (ŷ − y)² where y is (batch, 1), else the cross-entropy of one-hot y (batch, k)."""
     if y.shape[1] == 1:
         return 0.5 * (y_hat - y)[:, 0] ** 2
-    return -np.log(np.maximum(y_hat[y == 1], 1e-30))
+    return -(y * np.log(np.maximum(y_hat, 1e-30))).sum(axis=1)
 
 
 def loss_gradient(y_hat, y):
@@ -111,11 +112,12 @@ class Layer:
 
     def descend(self, learning_rate, momentum):
         """Step downhill. With momentum, along the decaying sum of past gradients (Polyak's heavy ball)."""
+        w_step, b_step = self.dL_dw, self.dL_db
         if momentum:
-            self.dL_dw = self.w_velocity = momentum * self.w_velocity + self.dL_dw
-            self.dL_db = self.b_velocity = momentum * self.b_velocity + self.dL_db
-        self.w -= learning_rate * self.dL_dw
-        self.b -= learning_rate * self.dL_db
+            w_step = self.w_velocity = momentum * self.w_velocity + w_step
+            b_step = self.b_velocity = momentum * self.b_velocity + b_step
+        self.w -= learning_rate * w_step
+        self.b -= learning_rate * b_step
 
 
 def feed_forward(layers, h):
@@ -167,7 +169,11 @@ def layers_from_weights(weights):
 
 
 def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
-    """The indices of each minibatch, (batch,), every epoch in a new order; the first `skip` examples are passed over."""
+    """The indices of each minibatch, (batch,), every epoch in a new order; the first `skip` examples are passed over.
+
+    Streams of random numbers are [seed, n]: 1 for layer 1 (and for all layers of sgd.py), 2 for the output half, 3 for the
+    oracle, 4 and the epoch for this, 5 for shuffling. (Epochs count from 1, for [seed, 4, 0] is the same as [seed, 4].)
+    """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):
         order = np.random.default_rng([seed, 4, epoch + 1]).permutation(num_examples)

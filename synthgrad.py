@@ -126,7 +126,8 @@ class Status(msgspec.Struct):
     """What the others need to know; each process says more."""
     layers: list[int]
     updates: int
-    condition_on_labels: int = 0
+    condition_on_labels: int = 0   # the width of y that an oracle sees
+    needs: int = 0                 # examples that must arrive before an oracle trains again
 
 
 class Malformed(ValueError):
@@ -134,7 +135,7 @@ class Malformed(ValueError):
 
 
 class Refused(Exception):
-    """A server answers `status`, 4xx; a client was answered so."""
+    """A server answers `status`; a client was answered so, 4xx."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -241,7 +242,7 @@ class Client:
             raise NoAnswer(f"{self.url}{path}: {error}") from None
 
     def status(self):
-        """The server's widths, the number of its updates, and how many labels an oracle sees."""
+        """What the server says of itself: a Status."""
         return Status(*self.ask(Status, "GET", "/status"))
 
 
@@ -271,11 +272,11 @@ class LayerClient(Client):
         return self.ask(Truth, "POST", "/true_gradients", encode(h=h, y=y), rows=len(h), gradients=h.shape[1])[0]
 
     def weights(self, dims):
-        """The half's [(w, b), ...], which must be finite and fit `dims`, its widths."""
-        layers, _ = self.ask(Weights, "GET", "/weights")
+        """The half's [(w, b), ...], which must be finite and fit `dims`, its widths; and how many updates made them."""
+        layers, updates = self.ask(Weights, "GET", "/weights")
         weights = [(json_to_ndarray(layer.w), json_to_ndarray(layer.b)) for layer in layers]
         shapes = [(w.shape, b.shape) for w, b in weights]
         if shapes != [(shape, shape[1:]) for shape in pairwise(dims)] or not all(
                 np.isfinite(array).all() for pair in weights for array in pair):
             raise NoAnswer(f"{self.url}/weights: not finite, or not of layers of the widths {dims}")
-        return weights
+        return weights, updates

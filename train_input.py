@@ -22,7 +22,7 @@ from tqdm import tqdm
 from plumbing import exchange, runs, serving
 from sgd import (Sigmoid, backprop, descend, feed_forward, layers_from_weights, loss_gradient, make_layers, minibatches,
                  test_score)
-from synthgrad import LayerClient, NoAnswer, OracleClient, encode_weights
+from synthgrad import LayerClient, NoAnswer, OracleClient, Refused, encode_weights
 
 
 def train(layers, x, y, order, learning_rate, momentum, throw, guess, clock=0):
@@ -37,11 +37,11 @@ def train(layers, x, y, order, learning_rate, momentum, throw, guess, clock=0):
 
 
 class BoundedStaleness:
-    """The oracle's guesses, at most `bound` updates old: layer 1 waits here for what it knows (Ho et al. 2013, eq. 1).
+    """The oracle's guesses, at most `bound` updates old: beyond that, layer 1 waits here (Ho et al. 2013, eq. 1).
 
     A guess's staleness is clock − learned. An oracle that has learned nothing yet answers zeros, and that counts from
-    the first of them. Why news does not come makes no difference: the wait is the same, and what has been thrown is
-    thrown again now and then, so that nothing that was lost can hold layer 1 up for ever.
+    the first of them. A slow process, a killed one and a lost message are all the same wait. What ends it is news: wait()
+    calls again until ask() succeeds, and meanwhile throws again what was thrown, for that may have been lost.
     """
 
     def __init__(self, oracle, bound, wait):
@@ -62,14 +62,15 @@ class BoundedStaleness:
         """Raises NoAnswer if the guess is too old."""
         asked = time.perf_counter()
         g, learned = self.oracle.estimate_gradients(h, y)
-        if learned is None:
-            learned = self.first_zeros = clock if self.first_zeros is None else self.first_zeros
-        else:
+        if learned is not None:
             self.first_zeros = None
-        if clock - learned > self.bound:
+        elif self.first_zeros is None:
+            self.first_zeros = clock
+        staleness = clock - (self.first_zeros if learned is None else learned)
+        if staleness > self.bound:
             raise NoAnswer(f"it has learned from true gradients up to update {learned}, layer 1 has made {clock}, and "
                            f"--staleness is {self.bound}: is train_output.py there?")
-        self.recent.append((max(0, clock - learned), time.perf_counter() - asked))
+        self.recent.append((max(0, staleness), time.perf_counter() - asked))  # below 0: resumed from an older checkpoint
         return g
 
     def status(self):
@@ -94,8 +95,9 @@ class Run:
                                       4 * args.staleness * args.batch_size, args.layers[-1] + self.y.shape[1])
         self.guesses = BoundedStaleness(self.oracle, args.staleness, self.from_oracle)
         self.checkpoint = runs.Checkpoint(args.progress_dir)
-        self.counts = {"examples": 0, "updates": 0, "seconds": 0.0}
-        self.thrown, self.row, self.state = None, {}, "waiting for the other two processes"
+        self.counts = {"examples": 0, "updates": 0, "seconds": 0.0} | (
+            self.checkpoint.start(self.half, resume=True) if args.resume else {})  # a new run's Progress moves it aside
+        self.thrown, self.row, self.state, self.output_updates = None, {}, "waiting for the other two processes", 0
         self.score = runs.score_name(self.y)
         self.publish()
 
@@ -127,7 +129,8 @@ class Run:
             partners["oracle.py"] = self.from_oracle(self.oracle.status)
         self.output_dims = partners["train_output.py"].layers
         runs.check_widths(self.x, self.y, self.args.layers[0], self.output_dims[-1], "the network of both halves' --layers")
-        serving.check_partners(partners, self.args.layers[-1], self.y.shape[1], self.args.resume)
+        serving.check_partners(partners, self.args.layers[-1], self.y.shape[1],
+                               self.args.staleness * self.args.batch_size, self.args.resume)
 
     def publish(self):
         """What GET /weights answers."""
@@ -136,9 +139,12 @@ class Run:
     def take_snapshot(self, progress):
         """Compose the whole network, test it, write a row, a snapshot and a checkpoint."""
         self.publish()
-        weights = self.published[0] + self.from_output(lambda: self.output.weights(self.output_dims))
-        if not all(np.isfinite(array).all() for pair in weights for array in pair):
-            raise FloatingPointError("the network diverged; try a lower --learning-rate")
+        if not all(np.isfinite(array).all() for pair in self.published[0] for array in pair):
+            raise FloatingPointError("layer 1 diverged; try a lower --learning-rate")
+        output_half, updates = self.from_output(lambda: self.output.weights(self.output_dims))
+        if updates < self.output_updates:
+            print(f"the output trainer was started anew: at {updates} updates, after {self.output_updates}", file=sys.stderr)
+        self.output_updates, weights = updates, self.published[0] + output_half
         network = layers_from_weights(weights)
         self.row = {**self.counts, "epoch": self.counts["examples"] / len(self.x),
                     self.score: test_score(network, self.x_test, self.y_test),
@@ -167,16 +173,24 @@ class Run:
 
 def main(args, stop):
     run = Run(args, stop, runs.load_data(args.x, args.y, args.held_out))
-    if args.resume and (counts := run.checkpoint.load(run.half)):
-        run.counts = counts
-        run.publish()
     app = serving.make_app("input trainer", run.status, args)
     app.get("/weights", endpoint="weights")(lambda: serving.as_json(encode_weights(*run.published)))
     serving.serve(app, args)
     run.connect()
-    learn(run, runs.Progress(args.progress_dir, [
+    progress = runs.Progress(args.progress_dir, [
         "seconds", "examples", "epoch", run.score, "gradient_cosine", "staleness", "staleness_p95", "waits", "waited",
-        "updates"], vars(args) | {"token": None}, args.resume))
+        "updates"], vars(args) | {"token": None}, args.resume)
+    try:
+        learn(run, progress)
+    except (NoAnswer, Refused, serving.Stopped) as error:  # nothing is lost: --resume goes on from here
+        run.checkpoint.save(run.half, **run.counts)
+        progress.end("stopped")
+        print(f"stopped without a last snapshot, but with a checkpoint: {error}", file=sys.stderr)
+        if not stop:
+            raise
+    except FloatingPointError:
+        progress.end("stopped: it diverged")
+        raise
 
 
 def learn(run, progress):
@@ -200,18 +214,11 @@ def learn(run, progress):
                 due = time.perf_counter() - start + args.snapshot_seconds
                 bar.set_postfix_str(f"epoch {run.row['epoch']:.1f}, held-out {run.score[5:]} {run.row[run.score]:.4f}, "
                                     f"staleness {run.row['staleness']:.0f}")
-            if run.stop.is_set():
+            if run.stop:
                 break
     run.sender.close(timeout=5)
-    how = "stopped" if run.stop.is_set() else "finished"
-    if how == "stopped":
-        run.stop.clear()  # one more row and snapshot, if the others are still there
-        args.patience = 1
-    try:
-        run.take_snapshot(progress)
-    except (NoAnswer, serving.Stopped) as error:
-        run.checkpoint.save(run.half, **counts)
-        print(f"no last snapshot, only a checkpoint: {error}", file=sys.stderr)
+    run.take_snapshot(progress)
+    how = "stopped" if run.stop else "finished"
     run.state = f"training is {how}"
     progress.end(how)
     print(f"{counts['examples']} examples in {counts['seconds']:.1f} s, held-out {run.score[5:]} "

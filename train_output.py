@@ -8,6 +8,7 @@ throws at oracle.py, fire and forget. The gradients at older activations it keep
 that is no more, and an oracle that learned from them would mislead the present one.
 """
 import concurrent.futures
+import contextlib
 import queue
 import threading
 import time
@@ -20,26 +21,26 @@ from sgd import backprop, descend, feed_forward, loss, loss_gradient, make_layer
 from synthgrad import Examples, OracleClient, Question, Refused, encode, encode_weights
 
 
-def train(layers, minibatches, learning_rate, momentum, owned, clock=0):
-    """The algorithm. Yields the loss after each update; `clock` counts them. Only this writes to the layers."""
-    for clock, (h, y, throw) in enumerate(minibatches, clock):
+def train(layers, minibatches, learning_rate, momentum, owned, updates=0):
+    """The algorithm. Yields the loss after each update, counted by `updates`. Only this writes to the layers."""
+    for updates, (h, y, tell) in enumerate(minibatches, updates):
         with owned:                                # so that nobody reads half an update
             y_hat = feed_forward(layers, h)
             g = loss_gradient(y_hat, y)
             g = backprop(layers, g)                # dL/dh, per example: what layer 1 would like to know
-            descend(layers, learning_rate(clock), momentum)
-        if throw:
-            throw(g)                               # to the oracle, fire and forget
+            descend(layers, learning_rate(updates), momentum)
+        if tell:
+            tell(g)                                # thrown at the oracle, fire and forget; or to who waits for it
         yield loss(y_hat, y).mean()
 
 
 def partial_set(arrived, examples, batch_size, rng, stop):
     """Minibatches of whatever set there is, in a loop: what has just arrived first, else some of the newest examples.
 
-    Yields h (batch, width), y (batch, k), and what to do with the gradients there: None for old ones. When the replay
-    is used up it waits for news.
+    Yields h (batch, width), y (batch, k), and whom to tell the gradients there: nobody, None, those at old examples.
+    When the replay is used up it waits for news.
     """
-    while not stop.is_set():
+    while not stop:
         drawn = examples.draw(batch_size, rng) if arrived.empty() else None
         try:
             yield (*drawn, None) if drawn else arrived.get(timeout=0.2)
@@ -51,22 +52,23 @@ def main(args, stop):
     width, k = args.layers[0], args.layers[-1]
     rng = np.random.default_rng([args.seed, 2])
     layers, checkpoint = make_layers(args.layers, rng, input_mean=0.5), runs.Checkpoint(args.progress_dir)
-    state = {"updates": 0, "loss": None} | (args.resume and checkpoint.load(layers) or {})
+    state = {"updates": 0} | checkpoint.start(layers, args.resume)
     owned = threading.Lock()                       # whoever holds it may touch the layers
     examples = exchange.NewestExamples(args.keep, args.replay)
     arrived = queue.Queue()                        # minibatches not yet trained on; bounded by arrive()
     oracle = OracleClient(args.oracle_server, args.token)
     sender = exchange.Sender(oracle.provide_gradients, f"the oracle at {oracle.url}", args.keep, 2 * width + k)
 
-    def arrive(h, y, throw):
-        """In a server's thread. No more examples wait than are kept; beyond that the oldest minibatch is dropped."""
+    def arrive(h, y, tell):
+        """In a server's thread. Of minibatches that wait for their turn, the oldest are dropped beyond --keep examples."""
         examples.add(h, y)
-        while arrived.qsize() * args.batch_size >= args.keep:
-            arrived.get()
-        arrived.put((h, y, throw))
+        with contextlib.suppress(queue.Empty):     # the training loop takes them, too
+            while arrived.qsize() * args.batch_size >= args.keep:
+                arrived.get_nowait()
+        arrived.put((h, y, tell))
 
     def status():
-        return {"layers": args.layers, **state, "examples": examples.counters() | {"waiting": arrived.qsize()},
+        return {"layers": args.layers, "loss": None, **state, "examples": examples.counters(), "waiting": arrived.qsize(),
                 "gradients": sender.counters()}
 
     app = serving.make_app("output trainer", status, args)
@@ -97,14 +99,14 @@ def main(args, stop):
     serving.serve(app, args)
     print(f"output trainer {args.layers} answers on {args.host}:{args.port}", flush=True)
     losses = train(layers, partial_set(arrived, examples, args.batch_size, rng, stop),
-                   lambda clock: args.learning_rate / (1 + clock / args.decay), args.momentum, owned, state["updates"])
+                   lambda updates: args.learning_rate / (1 + updates / args.decay), args.momentum, owned, state["updates"])
     saved = time.monotonic()
     with np.errstate(all="ignore"):
-        for value in losses:
+        for value in map(float, losses):
             if not np.isfinite(value):
                 raise FloatingPointError("the output half diverged; try a lower --learning-rate")
             state["updates"] += 1
-            state["loss"] = float(value if state["loss"] is None else state["loss"] + 0.01 * (value - state["loss"]))
+            state["loss"] = state.get("loss", value) + 0.01 * (value - state.get("loss", value))
             if time.monotonic() - saved > args.checkpoint_seconds:
                 saved = time.monotonic()
                 checkpoint.save(layers, **state)

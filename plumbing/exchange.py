@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 
-from synthgrad import NoAnswer, Refused, rows_per_message
+from synthgrad import rows_per_message
 
 PAUSE = 0.004   # seconds between posts: what is thrown meanwhile shares one, and a request costs as much as an update
 
@@ -14,8 +14,8 @@ class Sender:
     """Throws examples at a server without ever making the thrower wait; a thread of its own posts them.
 
     The queue is bounded to `max_rows` examples: beyond that the oldest are dropped. What could not be delivered is
-    dropped too. Everything is counted: thrown = sent + dropped + waiting. What waits is posted together, as much of it
-    as fits into a message.
+    dropped too. Everything is counted: thrown = sent + dropped + what waits or is under way. What waits is posted
+    together, as much of it as fits into a message.
     """
 
     def __init__(self, post, who, max_rows, width):
@@ -38,7 +38,7 @@ class Sender:
         return sum(len(arrays[0]) for arrays in self.queue)
 
     def _next_message(self):
-        """As many of the oldest throws as fit into one message, but at least one; None when closed and empty."""
+        """As many of the oldest throws as fit into one message, but at least one; none when closed."""
         with self.changed:
             self.changed.wait_for(lambda: self.queue or self.closing)
             batches, rows = [], 0
@@ -52,7 +52,7 @@ class Sender:
             try:
                 self.post(*map(np.concatenate, zip(*batches)))
                 delivered = True
-            except (NoAnswer, Refused, MemoryError, FloatingPointError) as error:
+            except Exception as error:  # whatever it is, it is said, and the thread lives on
                 delivered = False
                 if self.reachable:
                     print(f"{self.who} does not take what is thrown at it; dropping until it does: {error}",

@@ -4,6 +4,7 @@
 
 Ends when the input trainer does; Ctrl-C goes to that first, so that the others are still there for its last snapshot.
 """
+import contextlib
 import signal
 import subprocess
 import sys
@@ -23,13 +24,18 @@ def main():
         *others, trainer = started
         while trainer.poll() is None and all(other.poll() is None for other in others):
             time.sleep(0.2)
+        code = 2 if trainer.poll() is None else trainer.poll()  # 2: another one has ended; its last line says why
     except KeyboardInterrupt:
-        started[-1].send_signal(signal.SIGINT)
-        started[-1].wait(20)
-    finally:
-        for process in reversed(started):
-            process.terminate()
-    sys.exit(max(process.wait() for process in reversed(started)))
+        code = 130
+        if len(started) > len(OTHERS):
+            started[-1].send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started[-1].wait(30)
+    for process in reversed(started):
+        process.terminate()
+    for process in started:
+        process.wait()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -180,11 +180,16 @@ class Checkpoint:
         save(self.path, **{f"{part}{n}": getattr(layer, part) for n, layer in enumerate(layers) for part in self.PARTS},
              **numbers)
 
-    def load(self, layers):
-        """Fills the layers and returns the numbers; None where there is no checkpoint. ValueError if it does not fit."""
-        if not self.path.exists():
-            print(f"no {self.path}: starting afresh", file=sys.stderr)
-            return None
+    def start(self, layers, resume):
+        """Fills the layers and returns the numbers: {} where there is no checkpoint, or one is not to be resumed, which is
+        then moved aside. ValueError if it does not fit."""
+        if not (resume and self.path.exists()):
+            if resume:
+                print(f"no {self.path}: starting afresh", file=sys.stderr)
+            elif self.path.exists():
+                aside = self.path.replace(self.path.with_name("checkpoint.old.npz"))
+                print(f"{self.path} is of an earlier run, and --resume was not given: moved to {aside}", file=sys.stderr)
+            return {}
         arrays = load(self.path)
         parts = {(layer, part): arrays.pop(f"{part}{n}", None) for n, layer in enumerate(layers) for part in self.PARTS}
         if any(array.ndim for array in arrays.values()) or any(

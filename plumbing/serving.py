@@ -19,36 +19,38 @@ from werkzeug.exceptions import HTTPException
 from synthgrad import MAX_BODY, Malformed, NoAnswer, Refused, decode, rows_per_message
 
 
-LOCAL = "127.0.0.1", "localhost", "::1"
-
-
 class Stopped(Exception):
     """Ctrl-C or SIGTERM came while this was waiting."""
 
 
-class Stop(threading.Event):
-    """Set by SIGTERM (exit code 0) and by Ctrl-C (130); a second Ctrl-C does not wait for anything."""
+class Stop:
+    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130); a second Ctrl-C does not wait for anything.
+
+    A plain flag: a signal may come while the main thread holds the lock of a threading.Event.
+    """
 
     def __init__(self):
-        super().__init__()
-        self.exit_code = 0
+        self.requested, self.exit_code = False, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
     def _request(self, number, _):
-        if self.is_set() and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.exit_code = 130 if number == signal.SIGINT else 0
-        self.set()
+        self.requested, self.exit_code = True, 130 if number == signal.SIGINT else 0
+
+    def __bool__(self):
+        return self.requested
 
 
 def until_answered(call, who, stop, patience=math.inf, meanwhile=lambda: None):
     """call(), again and again while it raises NoAnswer: ever less often, and after a second saying for whom one waits.
 
-    Ends with the answer, with Stopped, or with NoAnswer after `patience` seconds. meanwhile() is called now and then.
+    Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: once a stop is requested, only what is
+    answered at once is waited for. meanwhile() is called now and then.
     """
     began, pause, said, due = time.monotonic(), 0.001, False, 0.5
-    while not stop.is_set():
+    while True:
         try:
             answer = call()
             if said:
@@ -56,6 +58,8 @@ def until_answered(call, who, stop, patience=math.inf, meanwhile=lambda: None):
             return answer
         except NoAnswer as error:
             waited = time.monotonic() - began
+            if stop:
+                raise Stopped(error) from None
             if waited > patience:
                 raise
             if waited > 1 and not said:
@@ -64,15 +68,18 @@ def until_answered(call, who, stop, patience=math.inf, meanwhile=lambda: None):
             if waited > due:
                 due = waited + 0.5
                 meanwhile()
-            stop.wait(pause)
+            time.sleep(pause)
             pause = min(2 * pause, 0.2)
-    raise Stopped
 
 
-def check_partners(partners, width, k, resume):
-    """ValueError unless the statuses {program: Status} fit activations of `width` and y of `k`, and (without `resume`)
-    nobody has made an update yet: a new run never starts in silence on what an earlier one has left."""
+def check_partners(partners, width, k, ahead, resume):
+    """ValueError unless the statuses {program: Status} fit activations of `width` and y of `k`, the examples that layer 1
+    may be `ahead` suffice to be trained on, and (without `resume`) nobody has made an update yet: a new run never starts
+    in silence on what an earlier one has left."""
     for name, status in partners.items():
+        if status.needs > ahead:
+            raise ValueError(f"--staleness times --batch-size is {ahead} examples, but {name} waits for {status.needs} "
+                             "before it trains again; a larger --replay of its own makes that fewer")
         if status.layers[0] != width:
             raise ValueError(f"the --layers of {name} begin with {status.layers[0]}, ours end with {width}")
         if status.condition_on_labels not in (0, k):
@@ -99,7 +106,7 @@ def make_app(process, status, args):
         if host not in names and not re.fullmatch(r"[\d.]+|[\da-f:.]*:[\da-f:.]*", host):
             raise Refused(f"Host {host[:80]!r} is not one of this process's: {', '.join(sorted(names))} or a number", 403)
         if token:
-            given = flask.request.authorization
+            given = flask.request.authorization  # a browser asks for a password, and sends Basic
             given = given and (given.token or given.password) or ""
             if not hmac.compare_digest(token.encode(), given.encode()):
                 raise Refused("expected the header Authorization: Bearer TOKEN, with the token of --token-file", 401)
@@ -116,8 +123,6 @@ def make_app(process, status, args):
             return {"error": str(error)}, 409
         if isinstance(error, HTTPException):
             return {"error": f"{error.name}: {error.description}"}, error.code
-        if isinstance(error, NoAnswer):
-            return {"error": str(error)}, 503
         app.logger.error("internal error", exc_info=error)
         return {"error": "internal error; the server's terminal says more"}, 500
 
@@ -148,7 +153,7 @@ def serve(app, args):
                                         connection_limit=1000, asyncore_use_poll=True, max_request_body_size=MAX_BODY + 2**20)  # a little more, for Flask to say so
     except OSError as error:
         raise OSError(f"cannot listen on {args.host}:{args.port}: {error.strerror}; --port chooses another port") from None
-    if not args.token and args.host not in LOCAL:
+    if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"warning: anyone who reaches {args.host}:{args.port} can read and change this training; see --token-file",
               file=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
@@ -169,7 +174,7 @@ def argument_parser(doc, port, **defaults):
         "decay": dict(type=number(float, 1), help="updates until the learning rate has halved (%(default)s)"),
         "batch_size": dict(type=number(int, 1), help="examples per minibatch (%(default)s)"),
         "seed": dict(type=number(int, 0), help="of the random numbers (%(default)s)"),
-        "keep": dict(type=number(int, 1), help="newest examples to train over (%(default)s)"),
+        "keep": dict(type=number(int, 1), help="newest examples to train over, and bound of what waits (%(default)s)"),
         "replay": dict(type=number(float, 0), help="train over each example that arrives so often again, then wait for news"
                        " (%(default)s)"),
         "oracle_server": dict(help="where the oracle is (%(default)s)"),
@@ -211,8 +216,8 @@ def run(main, parser):
         parser.error(f"--batch-size must be at most {most}: a minibatch must fit into a message")
     stop = Stop()
     try:
-        args.token = read_token(args.token_file) if args.token_file else None
-        main(args, stop)
+        token = read_token(args.token_file) if args.token_file else None
+        main(argparse.Namespace(**vars(args), token=token), stop)
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     except (ValueError, OSError, Refused) as error:

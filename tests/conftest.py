@@ -44,4 +44,5 @@ def servers(tmp_path_factory):
         three.start("oracle", "output")
         for name in ("oracle", "output"):
             wait_until(lambda: three.processes[name].poll() is None and three.status(name), f"{name} to answer")
+        wait_until(lambda: three.status("oracle")["ready"], "TensorFlow to start")
         yield three

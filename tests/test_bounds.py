@@ -69,12 +69,12 @@ def test_without_news_both_learners_stop_after_their_replay_and_still_answer(tmp
         def learned():
             return [(three.status(name)["updates"], three.status(name)["examples"]) for name in ("output", "oracle")]
         (_, at_output), (_, at_oracle) = before = still(learned)
-        weights = output.weights([24, 12, 1])
+        weights, _ = output.weights([24, 12, 1])
         h, y = np.full((100, 24), 0.5, "f"), np.zeros((100, 1), "f")
         guesses = [oracle.estimate_gradients(h, y)[0] for _ in range(100)]
         assert (guesses[0] == guesses[-1]).all() and guesses[0].any()
         assert learned() == before
-        for (w, b), (w_again, b_again) in zip(weights, output.weights([24, 12, 1])):
+        for (w, b), (w_again, b_again) in zip(weights, output.weights([24, 12, 1])[0]):
             assert (w == w_again).all() and (b == b_again).all()
         for examples, batch in ((at_output, 100), (at_oracle, 2000)):
             assert REPLAY * examples["received"] - batch < examples["drawn"] <= REPLAY * examples["received"]

@@ -49,7 +49,7 @@ def test_the_output_trainer_goes_on_from_its_own_checkpoint(tmp_path, small_data
         wait_until(lambda: (three.status("output") or {}).get("updates", 0) > 2000, "some training")
         three.kill("output")
         three.kill("input")
-        kept = Checkpoint(three.folder / "output_progress").load(make_layers([24, 12, 1], np.random.default_rng(0)))
+        kept = Checkpoint(three.folder / "output_progress").start(make_layers([24, 12, 1], np.random.default_rng(0)), resume=True)
         three.start("output", extra=["--resume"])
         status = wait_until(lambda: three.status("output"), "the output trainer")
         assert status["updates"] == kept["updates"] > 1000 and status["loss"] == pytest.approx(kept["loss"])
@@ -60,19 +60,21 @@ def test_a_checkpoint_holds_weights_and_velocities_and_must_fit(tmp_path):
     for layer in layers:
         layer.w_velocity += 1.5
         layer.b_velocity -= 2.5
-    assert Checkpoint(tmp_path).load(layers) is None
+    assert Checkpoint(tmp_path).start(layers, resume=True) == {}
     Checkpoint(tmp_path).save(layers, updates=7, loss=0.5)
-    assert Checkpoint(tmp_path).load(others) == {"updates": 7, "loss": 0.5}
+    assert Checkpoint(tmp_path).start(others, resume=True) == {"updates": 7, "loss": 0.5}
     for mine, theirs in zip(layers, others):
         for part in Checkpoint.PARTS:
             np.testing.assert_array_equal(getattr(mine, part), getattr(theirs, part))
     for dims in ([3, 5, 1], [3, 4], [3, 4, 1, 1]):
         with pytest.raises(ValueError, match="other --layers"):
-            Checkpoint(tmp_path).load(make_layers(dims, np.random.default_rng(0)))
+            Checkpoint(tmp_path).start(make_layers(dims, np.random.default_rng(0)), resume=True)
+    assert Checkpoint(tmp_path).start(layers, resume=False) == {} and (tmp_path / "checkpoint.old.npz").exists()
+    Checkpoint(tmp_path).save(layers, updates=8)
     whole = Checkpoint(tmp_path).path.read_bytes()
     Checkpoint(tmp_path).path.write_bytes(whole[:100])
     with pytest.raises(ValueError, match="not a whole file"):
-        Checkpoint(tmp_path).load(layers)
+        Checkpoint(tmp_path).start(layers, resume=True)
 
 
 def test_a_new_run_on_used_partners_is_refused_and_says_what_to_restart(tmp_path, small_data):
@@ -95,7 +97,7 @@ def test_stopping_is_bounded_when_the_others_are_gone(tmp_path, small_data):
         three.kill("oracle")
         three.kill("output")
         assert end(three.processes["input"], timeout=30) == 0
-        assert "no last snapshot" in three.log("input") and "Traceback" not in three.log("input")
+        assert "without a last snapshot" in three.log("input") and "Traceback" not in three.log("input")
         assert len(snapshots(three.progress)) == 1
         restored = make_layers([2, 24], np.random.default_rng(0))
-        assert Checkpoint(three.progress).load(restored)["updates"] > 50
+        assert Checkpoint(three.progress).start(restored, resume=True)["updates"] > 50

@@ -89,7 +89,7 @@ def test_the_newest_examples_are_kept_and_no_others(sizes, keep):
 
 
 def test_replay_is_bounded_by_what_arrives_and_by_what_is_kept():
-    examples, rng, drawn = NewestExamples(keep=100, replay=3), np.random.default_rng(0), 0
+    examples, rng = NewestExamples(keep=100, replay=3), np.random.default_rng(0)
 
     def draw_all():
         count = 0

@@ -9,7 +9,7 @@ import time
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given as for_any, strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from synthgrad import (MAX_BODY, Examples, Gradients, LayerClient, Malformed, NoAnswer, OracleClient, Question, decode,
@@ -20,14 +20,14 @@ dtypes = st.sampled_from(["float32", "float64", "int32", "int64"])
 shapes = arrays_of.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 
 
-@given(dtypes.flatmap(lambda dtype: arrays_of.arrays(dtype, shapes)), st.sampled_from(["C", "F"]))
+@for_any(dtypes.flatmap(lambda dtype: arrays_of.arrays(dtype, shapes)), st.sampled_from(["C", "F"]))
 def test_any_array_survives_base64(array, order):
     again = json_to_ndarray(json.loads(json.dumps(ndarray_to_json(np.asarray(array, order=order)))))
     assert again.dtype == array.dtype and again.shape == array.shape
     np.testing.assert_array_equal(again, array)
 
 
-@given(arrays_of.arrays("float32", shapes, elements=st.floats(-1e6, 1e6, width=32)))
+@for_any(arrays_of.arrays("float32", shapes, elements=st.floats(-1e6, 1e6, width=32)))
 def test_any_array_survives_values(array):
     message = {"shape": list(array.shape), "values": array.ravel().tolist()}
     np.testing.assert_array_equal(json_to_ndarray(json.loads(json.dumps(message))), array)
@@ -161,8 +161,8 @@ def test_weights_must_fit(dims, well):
     weights = [(rng.random((3, 2), "f"), rng.random(2, "f")), (rng.random((2, 1), "f"), rng.random(1, "f"))]
     server = Misbehaving(http(encode_weights(weights, 7)))
     try:
-        given_ = LayerClient(server.url, timeout=2).weights(dims)
-        assert well and all((mine == theirs).all() for a, b in zip(weights, given_) for mine, theirs in zip(a, b))
+        given, updates = LayerClient(server.url, timeout=2).weights(dims)
+        assert well and updates == 7 and all((mine == theirs).all() for a, b in zip(weights, given) for mine, theirs in zip(a, b))
     except NoAnswer:
         assert not well
     server.socket.close()

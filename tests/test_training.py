@@ -129,7 +129,7 @@ def test_whoever_diverges_says_so_and_stops_before_the_others_are_poisoned(who, 
         three.start()
         assert three.processes[who].wait(60) == 1
         assert "diverged; try a lower --learning-rate" in three.log(who) and "Traceback" not in three.log(who)
-        (w, b), = LayerClient(f"127.0.0.1:{three.port('input')}").weights([2, 24])
+        ((w, b),), _ = LayerClient(f"127.0.0.1:{three.port('input')}").weights([2, 24])
         assert max(np.abs(w).max(), np.abs(b).max()) < 100
         assert all(process.poll() is None for name, process in three.processes.items() if name != who)
 

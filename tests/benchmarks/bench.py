@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import requests
@@ -104,7 +103,12 @@ def ready_seconds():
         return time.monotonic() - began
 
 
-TRUE = ["--gradients", "true", "--learning-rate", 0.4, "--momentum", 0.9, "--decay", 200_000, "--warm-up", 0]
+TRUE = ["--gradients", "true", "--learning-rate", 0.4, "--momentum", 0.9, "--warm-up", 0]
+
+
+def until(metrics, seconds):
+    """The rows of the first so many seconds."""
+    return {name: column[metrics["seconds"] <= seconds + 2] for name, column in metrics.items() if name != "ready"}
 
 
 def main():
@@ -131,7 +135,7 @@ def main():
     for seed in range(args.spread):
         spread.append(runs.get("16 epochs", seed, lambda folder: run_three(folder, seed=seed, input=["--num-epochs", 16])))
         true.append(runs.get("16 epochs true", seed, lambda folder: run_three(
-            folder, seed=seed, output=["--learning-rate", 0.4], input=["--num-epochs", 16, *TRUE])))
+            folder, seed=seed, input=["--num-epochs", 16, *TRUE])))
     ready, echo = ready_seconds(), echo_milliseconds()
     layered, bare = np.min([(layered_loop(), bare_loop()) for _ in range(5)], axis=0)
 
@@ -162,6 +166,14 @@ def main():
         ("an epoch of sgd.py over a bare NumPy loop", f"{layered / bare:.2f}", "1.15",
          f"{layered * 1e6:.1f} µs against {bare * 1e6:.1f} µs an example")]
     table("bench", TARGETS, rows)
+    ways = {"sgd.py, one example at a time": plain, "mini-batch SGD, one process": batched, "true": true[:args.seeds],
+            "zero": zero, "synthetic": ours}
+    ways = {name: [until(each, SECONDS) for each in group] for name, group in ways.items()}
+    table("bench-ways", ("gradients", f"MSE after {SECONDS} s, or 20 epochs", "millions of examples",
+                         "seconds to sgd.py's 20-epoch MSE"), [
+        (name, cell(list(map(final, group))), cell([each["examples"][-1] / 1e6 for each in group], ".1f"),
+         cell(theirs if name.startswith("sgd.py") else [time_to(each, goal) for each, goal in zip(group, goals)], ".1f"))
+        for name, group in ways.items()])
 
 
 if __name__ == "__main__":

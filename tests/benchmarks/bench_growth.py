@@ -47,7 +47,7 @@ def grow(folder, name, width, fewer, more):
         for count in (fewer, more):
             fill(three, name, width, done, count)
             done = count
-            wait_until(lambda: not three.status(name)["examples"].get("waiting"), "what has arrived to be trained on", 300)
+            wait_until(lambda: not three.status(name).get("waiting"), "what has arrived to be trained on", 300)
             times.append(1e6 / BATCH / three.updates_per_second(name, 4))  # of replay, which has no bound here
             sizes.append(resident(three, name))
         raw = {"output": 4 * width + 4, "oracle": 8 * width + 8}[name]  # h, y; h, g, clock
