@@ -14,7 +14,7 @@ run: x.npy
 	@echo "open learning.gif, learning_curves.png and synthetic_plots/"
 
 test: $(VENV)/tests-ready
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 sgd: x.npy
 	$(BIN)/python sgd.py x.npy y.npy
