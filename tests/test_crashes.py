@@ -64,7 +64,7 @@ def test_a_checkpoint_holds_weights_and_velocities_and_must_fit(tmp_path):
     Checkpoint(tmp_path).save(layers, updates=7, loss=0.5)
     assert Checkpoint(tmp_path).start(others, resume=True) == {"updates": 7, "loss": 0.5}
     for mine, theirs in zip(layers, others):
-        for part in Checkpoint.PARTS:
+        for part in ("w", "b", "w_velocity", "b_velocity"):
             np.testing.assert_array_equal(getattr(mine, part), getattr(theirs, part))
     for dims in ([3, 5, 1], [3, 4], [3, 4, 1, 1]):
         with pytest.raises(ValueError, match="other --layers"):
