@@ -77,7 +77,7 @@ def json_to_ndarray(message, dtype="float32"):
         else:
             flat = np.array(msgspec.json.decode(message.values, type=list[int if dtype.kind == "i" else float]), dtype)
         return flat.reshape(message.shape)
-    except (ValueError, OverflowError, TypeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, OverflowError, TypeError, RecursionError) as error:
         raise Malformed(str(error)) from None
 
 
