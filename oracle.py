@@ -106,7 +106,8 @@ class Oracle:
 def main(args, stop):
     if args.layers[0] != args.layers[-1]:
         raise ValueError(f"--layers {args.layers}: the first and the last must be equal, the width of h and of dL/dh")
-    if STEPS * args.batch_size > args.keep * args.replay:
+    per_call = STEPS * args.batch_size  # examples
+    if per_call > args.keep * args.replay:
         raise ValueError(f"--keep times --replay must be at least {STEPS} times --batch-size: it trains so many at a time")
     width, labels = args.layers[0], args.condition_on_labels
     examples = exchange.NewestExamples(args.keep, args.replay)
@@ -121,8 +122,8 @@ def main(args, stop):
 
     def status():
         return {"layers": args.layers, "condition_on_labels": labels, "ready": oracle is not None,
-                "needs": math.ceil(STEPS * args.batch_size / args.replay), "updates": oracle.updates if oracle else 0, "loss": value, "answered": answered,
-                "learned": oracle and oracle.published and oracle.published[0], "examples": examples.counters()}
+                "needs": math.ceil(per_call / args.replay), "updates": oracle.updates if oracle else 0, "loss": value,
+                "answered": answered, "learned": oracle and oracle.published and oracle.published[0], "examples": examples.counters()}
 
     app = serving.make_app("oracle", status, args)
 
@@ -149,10 +150,10 @@ def main(args, stop):
                     seed=int(rng.integers(2**31)))
     print(f"oracle {args.layers} answers on {args.host}:{args.port}", flush=True)
     while not stop:
-        if drawn := examples.draw(STEPS * args.batch_size, rng):
+        if drawn := examples.draw(per_call, rng):
             value = oracle.train(*drawn)
         else:
-            examples.wait(STEPS * args.batch_size, seconds=0.2)
+            examples.wait(per_call, seconds=0.2)
 
 
 if __name__ == "__main__":

@@ -105,12 +105,12 @@ class Progress:
                 self.folder.rename(aside)
                 print(f"{folder} held an earlier run: moved to {aside}", file=sys.stderr)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.end(None)  # first, for a folder without run.json is nobody's run: one that was killed here is
         self._lock()
         self.metrics = self.folder / "metrics.csv"
         self.count = 1 + max((int(path.stem[9:]) for path in snapshots(folder)), default=-1)
         if not self.metrics.exists():
             self.metrics.write_text(",".join(columns) + "\n")
-        self.end(None)
 
     def _lock(self):
         """The kernel frees it when this process ends, however it ends."""

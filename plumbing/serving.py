@@ -150,7 +150,8 @@ def serve(app, args):
     """
     try:
         server = waitress.create_server(app, host=args.host, port=args.port, threads=4, ident=None, channel_timeout=30,
-                                        connection_limit=1000, asyncore_use_poll=True, max_request_body_size=MAX_BODY + 2**20)  # a little more, for Flask to say so
+                                        connection_limit=1000, asyncore_use_poll=True,
+                                        max_request_body_size=MAX_BODY + 2**20)  # a little more, for Flask to say so
     except OSError as error:
         raise OSError(f"cannot listen on {args.host}:{args.port}: {error.strerror}; --port chooses another port") from None
     if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
