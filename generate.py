@@ -10,6 +10,7 @@ train_input.py and sgd.py read these two files; plot.py calls target() to draw t
 """
 import argparse
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def digits(path):
         try:
             with np.load(path, allow_pickle=False) as file:
                 x, y, x_test, y_test = (file[name] for name in names)
-        except (ValueError, KeyError, EOFError) as error:
+        except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: expected an .npz file of {', '.join(names)} ({error})") from None
     else:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -20,7 +20,7 @@ STEPS = 20    # minibatches in one call of the compiled training function: 2 ms
 
 
 def make_model(dims):
-    """[24, 12, 24] -> a Keras model h -> ĝ. Its last layer starts at zero, and so do the guesses (paper, section 3)."""
+    """[24, 12, 24] -> a Keras model h -> ĝ. Its last layer starts at zero (paper, section 3)."""
     import keras
     return keras.Sequential([keras.Input((dims[0],)),
                              *(keras.layers.Dense(width, activation="tanh") for width in dims[1:-1]),
@@ -150,10 +150,8 @@ def main(args, stop):
                     seed=int(rng.integers(2**31)))
     print(f"oracle {args.layers} answers on {args.host}:{args.port}", flush=True)
     while not stop:
-        if drawn := examples.draw(per_call, rng):
+        if drawn := examples.draw(per_call, rng, seconds=0.2):
             value = oracle.train(*drawn)
-        else:
-            examples.wait(per_call, seconds=0.2)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@
 
 Writes learning_curves.png with all runs; and of the first run one picture of the learned surface per snapshot, beside
 the target, into synthetic_plots/, and learning.gif, the surface being learned. The live page is a process of its own:
-it asks the three for their /status and reads the run's folder, and nobody waits for it.
+it asks the three for their /status and reads the run's folder, and nobody waits for it or needs it.
 """
 import argparse
 import io
+import itertools
 import json
 import sys
 import threading
 import time
 from pathlib import Path
 
+import plumbing  # first, see there
 import numpy as np
 from tqdm import tqdm
 
@@ -72,7 +74,7 @@ def draw_curves(figure, runs):
     for row, (column, line_of_axes) in enumerate(zip(rows, axes)):
         label, scale, limits = CURVES[column]
         for ax, (x, unit, x_label) in zip(line_of_axes, across):
-            for (name, metrics), (color, style) in zip(runs.items(), STYLES * len(runs)):
+            for (name, metrics), (color, style) in zip(runs.items(), itertools.cycle(STYLES)):
                 if np.isfinite(metrics.get(column, np.nan)).any():
                     ax.plot(metrics[x] / unit, metrics[column], style, color=color, label=name, linewidth=1.5)
             ax.set(ylabel=label, yscale=scale, ylim=limits, xlabel=x_label if row == len(rows) - 1 else "")
@@ -81,8 +83,8 @@ def draw_curves(figure, runs):
             ax.grid(True, which="both", alpha=0.25)
             if not is_tall(figure):
                 ax.label_outer()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 if is_tall(figure) else 4,
-                  fontsize=8)
+    lines = {line.get_label(): line for ax in axes[:, 0] for line in ax.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=1 if is_tall(figure) else 4, fontsize=8)
 
 
 def png(draw, *args, size=(8, 3.6), dpi=100):
@@ -159,6 +161,8 @@ def live(args, stop):
     from synthgrad import Client, NoAnswer, Refused
     folder, servers = Path(args.runs[0] if args.runs else "progress"), {
         "input trainer": args.input_server, "output trainer": args.output_server, "oracle": args.oracle_server}
+    for server in servers.values():
+        Client(server)  # ValueError, if it is no address
     drawing, drawn = threading.Lock(), {}  # kind -> (version, PNG); whoever draws holds the lock
 
     def version():
@@ -192,8 +196,8 @@ def live(args, stop):
         if not drawing.acquire(timeout=10):
             raise Refused("still drawing another picture", 503)
         try:
-            if drawn.get(kind, (None,))[0] != version() or not version():
-                drawn[kind] = version(), draw_live(folder, kind)
+            if (now := version()) is None or drawn.get(kind, (None,))[0] != now:
+                drawn[kind] = now, draw_live(folder, kind)
             return drawn[kind][1], {"Content-Type": "image/png", "Cache-Control": "no-store"}
         finally:
             drawing.release()

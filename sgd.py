@@ -172,7 +172,7 @@ def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
     """The indices of each minibatch, (batch,), every epoch in a new order; the first `skip` examples are passed over.
 
     Streams of random numbers are [seed, n]: 1 for layer 1 (and for all layers of sgd.py), 2 for the output half, 3 for the
-    oracle, 4 and the epoch for this, 5 for shuffling. (Epochs count from 1, for [seed, 4, 0] is the same as [seed, 4].)
+    oracle, 4 and the epoch for this, 5 for --gradients shuffled. (Epochs count from 1: [seed, 4, 0] is the same as [seed, 4].)
     """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):
@@ -232,6 +232,7 @@ def main():
                     epoch += 1
                     reached = test_score(layers, x_test, y_test)
                     if not np.isfinite(sum(layer.w.sum() for layer in layers)):
+                        progress.end("stopped: it diverged")
                         parser.exit(1, f"\nsgd.py: diverged in epoch {epoch}; try a lower --learning-rate\n")
                     progress.write([(layer.w, layer.b) for layer in layers], seconds=time.perf_counter() - start,
                                    examples=examples, epoch=epoch, **{score: reached})

@@ -29,7 +29,7 @@ import requests
 from msgspec import UNSET, UnsetType
 from urllib3.util import parse_url
 
-MAX_BODY = 2**25        # bytes of a request; senders make messages of half of that at most
+MAX_BODY = 2**25        # bytes of a request; what was thrown is put together into messages of half of that
 MAX_VALUES = 2**20      # bytes of an array that is spelled out in "values", which is for people
 MAX_MAGNITUDE = 1e6     # activations and gradients are small numbers; larger ones would only overflow later
 MAX_INTEGER = 2**53     # of an index or a clock
@@ -135,7 +135,7 @@ class Malformed(ValueError):
 
 
 class Refused(Exception):
-    """A server answers `status`; a client was answered so, 4xx."""
+    """Raised in a server, it answers so, with `status`; in a client, it was answered so, 4xx."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -209,10 +209,10 @@ class Client:
     def __init__(self, server, token=None, timeout=10):
         try:
             address = parse_url(server if "//" in server else f"http://{server}")
-            if address.scheme != "http" or not address.host:
+            if address.scheme != "http" or not address.host or not (address.port or self.port):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"{server}: expected a server's address like 127.0.0.1:{self.port}") from None
+            raise ValueError(f"{server}: expected a server's address like 127.0.0.1:{self.port or 5003}") from None
         self.url, self.timeout = f"http://{address.host}:{address.port or self.port}", timeout
         self.session = requests.Session()
         self.session.trust_env = False  # no proxy from the environment between these processes
@@ -268,13 +268,16 @@ class LayerClient(Client):
         self.ask(Accepted, "POST", "/training_examples", encode(i=i, h=h, y=y, clock=clock))
 
     def true_gradients(self, h, y):
-        """g = dL/dh, (batch, width), after one update of the output half on just these: ordinary backprop over a wire."""
+        """g = dL/dh, (batch, width), which the output half is updated along, too: backprop over a wire."""
         return self.ask(Truth, "POST", "/true_gradients", encode(h=h, y=y), rows=len(h), gradients=h.shape[1])[0]
 
     def weights(self, dims):
         """The half's [(w, b), ...], which must be finite and fit `dims`, its widths; and how many updates made them."""
         layers, updates = self.ask(Weights, "GET", "/weights")
-        weights = [(json_to_ndarray(layer.w), json_to_ndarray(layer.b)) for layer in layers]
+        try:
+            weights = [(json_to_ndarray(layer.w), json_to_ndarray(layer.b)) for layer in layers]
+        except Malformed as error:
+            raise NoAnswer(f"{self.url}/weights: {error}") from None
         shapes = [(w.shape, b.shape) for w, b in weights]
         if shapes != [(shape, shape[1:]) for shape in pairwise(dims)] or not all(
                 np.isfinite(array).all() for pair in weights for array in pair):

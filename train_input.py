@@ -1,7 +1,7 @@
 """The input trainer: trains layer 1 along synthetic gradients, and drives the run.
 
     python train_input.py x.npy y.npy                        # gradients guessed by the oracle
-    python train_input.py x.npy y.npy --gradients true       # waits for the output trainer's: ordinary backprop
+    python train_input.py x.npy y.npy --gradients true       # waits for the output trainer's: update-locked
     python train_input.py x.npy y.npy --gradients zero       # layer 1 never learns: the control
     python train_input.py x.npy y.npy --gradients shuffled   # each example gets another one's guess: a second control
 
@@ -41,11 +41,11 @@ class BoundedStaleness:
 
     A guess's staleness is clock − learned. An oracle that has learned nothing yet answers zeros, and that counts from
     the first of them. A slow process, a killed one and a lost message are all the same wait. What ends it is news: wait()
-    calls again until ask() succeeds, and meanwhile throws again what was thrown, for that may have been lost.
+    calls ask() until it succeeds, and ask() has thrown again what was thrown, for that may have been lost.
     """
 
-    def __init__(self, oracle, bound, wait):
-        self.oracle, self.bound, self.wait = oracle, bound, wait
+    def __init__(self, oracle, bound, wait, throw_again):
+        self.oracle, self.bound, self.wait, self.throw_again = oracle, bound, wait, throw_again
         self.first_zeros, self.waits, self.waited = None, 0, 0.0    # a clock; a count; seconds
         self.recent = collections.deque(maxlen=1000)                # of the last guesses: staleness, seconds to answer
 
@@ -68,7 +68,8 @@ class BoundedStaleness:
             self.first_zeros = clock
         staleness = clock - (self.first_zeros if learned is None else learned)
         if staleness > self.bound:
-            raise NoAnswer(f"it has learned from true gradients up to update {learned}, layer 1 has made {clock}, and "
+            self.throw_again()
+            raise NoAnswer(f"it has learned from true gradients up to update {learned or 0}, layer 1 has made {clock}, and "
                            f"--staleness is {self.bound}: is train_output.py there?")
         self.recent.append((max(0, staleness), time.perf_counter() - asked))  # below 0: resumed from an older checkpoint
         return g
@@ -93,17 +94,16 @@ class Run:
         self.output, thrower = (LayerClient(args.output_server, args.token) for _ in range(2))
         self.sender = exchange.Sender(thrower.training_examples, f"the output trainer at {self.output.url}",
                                       4 * args.staleness * args.batch_size, args.layers[-1] + self.y.shape[1])
-        self.guesses = BoundedStaleness(self.oracle, args.staleness, self.from_oracle)
+        self.guesses = BoundedStaleness(self.oracle, args.staleness, self.from_oracle, self.throw_again)
         self.checkpoint = runs.Checkpoint(args.progress_dir)
         self.counts = {"examples": 0, "updates": 0, "seconds": 0.0} | (
             self.checkpoint.start(self.half, resume=True) if args.resume else {})  # a new run's Progress moves it aside
-        self.thrown, self.row, self.state, self.output_updates = None, {}, "waiting for the other two processes", 0
+        self.row, self.state, self.output_updates = {}, "waiting for the other two processes", 0
         self.score = runs.score_name(self.y)
         self.publish()
 
     def from_oracle(self, call):
-        return serving.until_answered(call, f"the oracle at {self.oracle.url}", self.stop, self.args.patience,
-                                      meanwhile=lambda: self.thrown and self.sender.throw(*self.thrown))
+        return serving.until_answered(call, f"the oracle at {self.oracle.url}", self.stop, self.args.patience)
 
     def from_output(self, call):
         return serving.until_answered(call, f"the output trainer at {self.output.url}", self.stop, self.args.patience)
@@ -111,7 +111,13 @@ class Run:
     def throw(self, i, h, y, clock):
         """To the output trainer, which gets them with the question where the truth is asked for."""
         if self.args.gradients != "true":
-            self.thrown = i, h, y, np.full(len(i), clock)
+            self.thrown, self.thrown_at = (i, h, y, np.full(len(i), clock)), time.monotonic()
+            self.sender.throw(*self.thrown)
+
+    def throw_again(self):
+        """The last minibatch, twice a second at most: each time it is one more that the output half is trained on."""
+        if time.monotonic() - self.thrown_at > 0.5:
+            self.thrown_at = time.monotonic()
             self.sender.throw(*self.thrown)
 
     def gradients(self):
@@ -226,7 +232,7 @@ def learn(run, progress):
 
 
 def warm_up_and_decay(clock, args):
-    """The learning rate: it rises while the oracle and the output half know little, and then falls as 1 / clock."""
+    """The learning rate: it rises while the oracle and the output half know little, and falls as 1 / (1 + clock / decay)."""
     return args.learning_rate * min(1, (clock + 1) / (args.warm_up + 1)) / (1 + clock / args.decay)
 
 

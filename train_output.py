@@ -30,15 +30,15 @@ def train(layers, minibatches, learning_rate, momentum, owned, updates=0):
             g = backprop(layers, g)                # dL/dh, per example: what layer 1 would like to know
             descend(layers, learning_rate(updates), momentum)
         if tell:
-            tell(g)                                # thrown at the oracle, fire and forget; or to who waits for it
+            tell(g)                                # thrown at the oracle, fire and forget
         yield loss(y_hat, y).mean()
 
 
 def partial_set(arrived, examples, batch_size, rng, stop):
     """Minibatches of whatever set there is, in a loop: what has just arrived first, else some of the newest examples.
 
-    Yields h (batch, width), y (batch, k), and whom to tell the gradients there: nobody, None, those at old examples.
-    When the replay is used up it waits for news.
+    Yields h (batch, width), y (batch, k), and tell(g), which passes the gradients there on; None where h is old, for
+    nobody wants to know those. When the replay is used up it waits for news.
     """
     while not stop:
         drawn = examples.draw(batch_size, rng) if arrived.empty() else None
@@ -51,6 +51,7 @@ def partial_set(arrived, examples, batch_size, rng, stop):
 def main(args, stop):
     width, k = args.layers[0], args.layers[-1]
     rng = np.random.default_rng([args.seed, 2])
+    locked = runs.lock(args.progress_dir)          # for as long as this function runs  # noqa: F841
     layers, checkpoint = make_layers(args.layers, rng, input_mean=0.5), runs.Checkpoint(args.progress_dir)
     state = {"updates": 0} | checkpoint.start(layers, args.resume)
     owned = threading.Lock()                       # whoever holds it may touch the layers
@@ -60,7 +61,7 @@ def main(args, stop):
     sender = exchange.Sender(oracle.provide_gradients, f"the oracle at {oracle.url}", args.keep, 2 * width + k)
 
     def arrive(h, y, tell):
-        """In a server's thread. Of minibatches that wait for their turn, the oldest are dropped beyond --keep examples."""
+        """In a server's thread. At most --keep / --batch-size minibatches wait their turn: the oldest are dropped."""
         examples.add(h, y)
         with contextlib.suppress(queue.Empty):     # the training loop takes them, too
             while arrived.qsize() * args.batch_size >= args.keep:

@@ -104,20 +104,15 @@ class NewestExamples:
             self.allowed = min(self.allowed + self.replay * n, self.replay * self.keep)
             self.changed.notify()
 
-    def draw(self, count, rng):
-        """`count` rows of each column, drawn with replacement; None if so many are not allowed now."""
+    def draw(self, count, rng, seconds=0):
+        """`count` rows of each column, drawn with replacement; None if so many are not allowed within so many seconds."""
         with self.changed:
-            if count > self.allowed:
+            if not self.changed.wait_for(lambda: self.allowed >= count, seconds):
                 return None
             self.allowed -= count
             self.drawn += count
             rows = rng.integers(min(self.received, self.keep), size=count)
             return [stored.take(rows, axis=0, mode="clip") for stored in self.columns]  # "clip": twice as fast as [rows]
-
-    def wait(self, count, seconds):
-        """Until `count` draws are allowed, for at most so many seconds."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.allowed >= count, seconds)
 
     def counters(self):
         with self.changed:

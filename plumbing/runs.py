@@ -1,4 +1,5 @@
 """Data in; metrics, snapshots and checkpoints out. Of arrays; what a layer is, this file does not know."""
+import contextlib
 import csv
 import json
 import os
@@ -84,12 +85,27 @@ def load(path):
         raise ValueError(f"{path} is not a whole file of arrays ({error})") from None
 
 
+def lock(folder):
+    """Claims a folder for as long as what this returns is kept, at most until this process ends, however it ends.
+
+    ValueError if another process is writing to it (noticed where there is fcntl: not on Windows).
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / "lock", "a")
+    with contextlib.suppress(ImportError):
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is writing to {folder}; --progress-dir chooses another folder") from None
+    return file
+
+
 class Progress:
     """Writes metrics.csv, a row per snapshot, snapshot_000042.npz, the whole network, and run.json into one folder.
 
     An earlier run in the folder is moved to FOLDER.1, or the next number that is free, unless `resume` is given: then
-    rows are appended to it. ValueError if the folder holds anything else, or if another process is writing to it
-    (noticed where there is fcntl: not on Windows).
+    rows are appended to it. ValueError if the folder holds anything else, or if another process is writing to it.
     """
 
     def __init__(self, folder, columns, options, resume=False):
@@ -97,7 +113,7 @@ class Progress:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             if not (self.folder / "run.json").exists():
                 raise ValueError(f"{folder} holds something other than a run; --progress-dir chooses another folder")
-            self._lock()
+            self.locked = lock(self.folder)
             if not resume:
                 n = 1
                 while (aside := self.folder.with_name(f"{self.folder.name}.{n}")).exists():
@@ -106,23 +122,12 @@ class Progress:
                 print(f"{folder} held an earlier run: moved to {aside}", file=sys.stderr)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.end(None)  # first, for a folder without run.json is nobody's run: one that was killed here is
-        self._lock()
+        self.locked = None  # frees the folder, if it is still the same one
+        self.locked = lock(self.folder)
         self.metrics = self.folder / "metrics.csv"
         self.count = 1 + max((int(path.stem[9:]) for path in snapshots(folder)), default=-1)
         if not self.metrics.exists():
             self.metrics.write_text(",".join(columns) + "\n")
-
-    def _lock(self):
-        """The kernel frees it when this process ends, however it ends."""
-        try:
-            import fcntl
-        except ImportError:
-            return
-        self.locked = open(self.folder / "lock", "a")
-        try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing to {self.folder}; --progress-dir chooses another folder") from None
 
     def write(self, weights, **row):
         """One row and one snapshot: weights [(w, b), ...] and numbers by column."""
@@ -134,7 +139,7 @@ class Progress:
         self.count += 1
 
     def end(self, how):
-        """Say in run.json how the run ended: "finished" or "stopped"; None while it goes on."""
+        """Say in run.json how the run ended: "finished", "stopped", or why; None while it goes on."""
         temporary = self.folder / "run.json.tmp"
         temporary.write_text(json.dumps({**self.options, "ended": how}, indent=1, default=str) + "\n")
         os.replace(temporary, self.folder / "run.json")

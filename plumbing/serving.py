@@ -43,13 +43,13 @@ class Stop:
         return self.requested
 
 
-def until_answered(call, who, stop, patience=math.inf, meanwhile=lambda: None):
+def until_answered(call, who, stop, patience):
     """call(), again and again while it raises NoAnswer: ever less often, and after a second saying for whom one waits.
 
     Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: once a stop is requested, only what is
-    answered at once is waited for. meanwhile() is called now and then.
+    answered at once is waited for.
     """
-    began, pause, said, due = time.monotonic(), 0.001, False, 0.5
+    began, pause, said = time.monotonic(), 0.001, False
     while True:
         try:
             answer = call()
@@ -65,9 +65,6 @@ def until_answered(call, who, stop, patience=math.inf, meanwhile=lambda: None):
             if waited > 1 and not said:
                 said = True
                 print(f"waiting for {who} ({error})", file=sys.stderr, flush=True)
-            if waited > due:
-                due = waited + 0.5
-                meanwhile()
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
 
@@ -115,12 +112,10 @@ def make_app(process, status, args):
 
     @app.errorhandler(Exception)
     def answer_error(error):
-        if isinstance(error, Malformed):
-            return {"error": str(error)}, 400
+        if isinstance(error, (Malformed, FloatingPointError)):
+            return {"error": str(error)}, 400 if isinstance(error, Malformed) else 409
         if isinstance(error, Refused):
             return {"error": str(error)}, error.status, {"WWW-Authenticate": "Basic"} if error.status == 401 else {}
-        if isinstance(error, FloatingPointError):
-            return {"error": str(error)}, 409
         if isinstance(error, HTTPException):
             return {"error": f"{error.name}: {error.description}"}, error.code
         app.logger.error("internal error", exc_info=error)
@@ -175,9 +170,9 @@ def argument_parser(doc, port, **defaults):
         "decay": dict(type=number(float, 1), help="updates until the learning rate has halved (%(default)s)"),
         "batch_size": dict(type=number(int, 1), help="examples per minibatch (%(default)s)"),
         "seed": dict(type=number(int, 0), help="of the random numbers (%(default)s)"),
-        "keep": dict(type=number(int, 1), help="newest examples to train over, and bound of what waits (%(default)s)"),
-        "replay": dict(type=number(float, 0), help="train over each example that arrives so often again, then wait for news"
-                       " (%(default)s)"),
+        "keep": dict(type=number(int, 1), help="newest examples to train over, and bound of the queues (%(default)s)"),
+        "replay": dict(type=number(float, 0), help="how often to train over each example that has arrived, before waiting for"
+                       " news (%(default)s)"),
         "oracle_server": dict(help="where the oracle is (%(default)s)"),
         "output_server": dict(help="where the output trainer is (%(default)s)"),
         "resume": dict(action="store_true", help="go on from the checkpoint in --progress-dir, if there is one"),

@@ -47,6 +47,15 @@ def test_layer_1_stops_at_exactly_the_bound_and_goes_on_when_news_comes(lost, tm
         assert status["examples_sent"]["thrown"] > 100 * status["updates"]
 
 
+def test_while_the_oracle_is_away_the_output_trainer_is_not_fed_the_same_minibatch_again_and_again(tmp_path, small_data):
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 10**6]) as three:
+        three.start()
+        wait_until(lambda: (three.status("input") or {}).get("updates", 0) > 100, "training")
+        three.kill("oracle")
+        received = still(lambda: three.status("output")["examples"]["received"])
+        assert received == three.status("input")["examples_sent"]["thrown"]
+
+
 def test_an_output_trainer_that_answers_late_slows_layer_1_down_and_no_guess_is_too_old(tmp_path, small_data):
     three = Three(tmp_path, input=[*small_data, "--num-epochs", 10**6, "--staleness", STALENESS, "--snapshot-seconds", 1])
     with three:

@@ -107,9 +107,9 @@ def test_replay_is_bounded_by_what_arrives_and_by_what_is_kept():
 
 
 def test_waiting_for_news_ends_when_it_comes():
-    examples = NewestExamples(keep=100, replay=1)
-    waiter = threading.Thread(target=examples.wait, args=(10, 60))
+    examples, drawn = NewestExamples(keep=100, replay=1), []
+    waiter = threading.Thread(target=lambda: drawn.append(examples.draw(10, np.random.default_rng(0), seconds=60)))
     waiter.start()
-    examples.add(np.zeros(10))
+    examples.add(np.ones(10))
     waiter.join(10)
-    assert not waiter.is_alive()
+    assert drawn[0][0].sum() == 10

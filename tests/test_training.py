@@ -147,17 +147,20 @@ def test_help_explains_and_an_unknown_option_is_one_clear_error(script, tmp_path
 
 def test_a_port_in_use_and_a_bad_option_are_one_line_and_exit_code_2(tmp_path, small_data):
     port = free_ports(1)[0]
-    first = start("train_output.py", "--port", port, log=tmp_path / "first")
+    first = start("train_output.py", "--port", port, log=tmp_path / "first", cwd=tmp_path)
     try:
         wait_until(lambda: "answers on" in (tmp_path / "first").read_text(), "the port to be taken")
-        for script, extra in (("train_output.py", []), ("oracle.py", []), ("train_input.py", small_data)):
-            assert start(script, *extra, "--port", port, log=tmp_path / script).wait(60) == 2
+        elsewhere = ["--progress-dir", "elsewhere"]
+        for script, extra in (("train_output.py", elsewhere), ("oracle.py", []), ("train_input.py", small_data)):
+            assert start(script, *extra, "--port", port, log=tmp_path / script, cwd=tmp_path).wait(60) == 2
             text = (tmp_path / script).read_text()
             assert f"cannot listen on 127.0.0.1:{port}" in text and len(text.splitlines()) == 1
+        assert start("train_output.py", log=tmp_path / "second", cwd=tmp_path).wait(60) == 2  # and touches no checkpoint
+        assert "another process is writing to output_progress" in (tmp_path / "second").read_text()
     finally:
         end(first)
     for bad in (["--layers", "24"], ["--layers", "0", "1"], ["--batch-size", "0"], ["--learning-rate", "-1"],
                 ["--port", "99999"], ["--decay", "0"], ["--keep", "0"], ["--replay", "-1"], ["--replay", "nan"],
                 ["--momentum", "nan"], ["--oracle-server", "ftp://x"]):
-        assert start("train_output.py", *bad, log=tmp_path / "bad").wait(60) == 2
+        assert start("train_output.py", *bad, log=tmp_path / "bad", cwd=tmp_path).wait(60) == 2
     assert "Traceback" not in (tmp_path / "bad").read_text()
