@@ -17,7 +17,7 @@ from tests.benchmarks.measure import DATA, KEPT, Runs, cell, final, noisy_data, 
 from tests.processes import Three, end, wait_until
 
 WIDTH, COLUMNS, HIDDEN = 64, 10, 6
-SECONDS = 40   # of training, where there is a delay
+SECONDS = 30   # of training, where there is a delay
 LINEAR, DEEP, LABELS = ["--layers", WIDTH, WIDTH], ["--layers", WIDTH, WIDTH, WIDTH], ["--condition-on-labels"]
 WAYS = {  # name: --gradients, options of the oracle
     "true": ("true", DEEP),

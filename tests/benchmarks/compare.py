@@ -1,4 +1,4 @@
-"""`make compare`: every way to train, on the default problem: what is a guess worth? Half an hour for three seeds.
+"""`make compare`: every way to train, on the default problem: what is a guess worth? A quarter of an hour for three seeds.
 
 True, zero and shuffled gradients, and guesses by both oracles with and without labels; the output half keeps and replays
 its set in all of them. The same number of examples each. The rates of true gradients are those that `--search` finds, on
@@ -47,7 +47,7 @@ def search(epochs, seeds=(11, 12)):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8, help="%(default)s")
+    parser.add_argument("--epochs", type=int, default=5, help="%(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
     parser.add_argument("--search", action="store_true", help="print what the grid of rates gives, instead")
     args = parser.parse_args()
