@@ -2,8 +2,8 @@
 
 Five hidden layers of 64, cut after layer 1, 3 or 5, on a problem where layer 1 must learn: the default target,
 with eight columns of noise beside the two that count. True, zero, shuffled and synthetic gradients, labels shown or not,
-a linear oracle and a deep one, after the same number of updates; and those in DELAYED with the output trainer
-50 ms away, after the same seconds. Every way's rate is searched over the same grid, `--search`, on a seed that is not
+a linear oracle and a deep one, after the same number of updates; and, cut after 3 or 5, those in DELAYED with the output
+trainer 50 ms away, after the same seconds. `--search` tries the same grid of rates for every way, on a seed that is not
 reported.
 """
 import argparse
@@ -109,7 +109,7 @@ def main():
         return table("bench-depth-search", ("cut after layer", "gradients", *map(str, GRID)), [
             (cut, way, *(f"{reached[cut, way, rates]:.4f}" for rates in GRID)) for cut in args.cuts for way in args.ways])
     cases = [case for case in itertools.product(range(args.seeds), args.delays, args.cuts, args.ways)
-             if not case[1] or case[3] in DELAYED]
+             if not case[1] or case[2] > 1 and case[3] in DELAYED]
     runs, results = Runs("bench-depth", len(cases)), {}
     for seed, delay, cut, way in cases:
         results.setdefault((delay, cut, way), []).append(runs.get(f"delay {delay} cut {cut} {way}", seed, lambda folder: learn(
