@@ -147,11 +147,11 @@ class NoAnswer(ConnectionError):
 
 
 def encode(**fields):
-    """A message as bytes. Arrays that hold NaN or infinity are never sent: raises FloatingPointError."""
+    """A message as bytes. What decode() would not take for its magnitude is never sent: raises FloatingPointError."""
     for name, value in fields.items():
         if isinstance(value, np.ndarray):
-            if not np.isfinite(value).all():
-                raise FloatingPointError(f"{name} is no longer finite: diverged; try a lower --learning-rate")
+            if value.dtype.kind == "f" and not (np.abs(value) <= MAX_MAGNITUDE).all():  # NaN is not, either
+                raise FloatingPointError(f"{name} is not finite, or beyond {MAX_MAGNITUDE:g}: diverged; try a lower --learning-rate")
             fields[name] = ndarray_to_json(value)
     return msgspec.json.encode(fields)
 
