@@ -83,9 +83,10 @@ def test_rows_must_agree_there_must_be_one_and_widths_must_fit():
             decode(message, Question, h=3)
 
 
-def test_nan_is_never_sent():
-    with pytest.raises(FloatingPointError, match="gradients"):
-        encode(gradients=np.array([0, np.nan], "f"))
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 2e6])
+def test_what_would_not_be_taken_is_never_sent(value):
+    with pytest.raises(FloatingPointError, match="gradients is not finite, or beyond 1e"):
+        encode(gradients=np.array([0, value], "f"))
 
 
 @pytest.mark.parametrize("body", ["b'[' + b'[],' * (n // 3) + b'[]]'", "b'{\"h\":{\"shape\":[' + b'0,' * (n // 2) + b'0]}}'",
