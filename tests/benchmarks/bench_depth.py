@@ -38,11 +38,14 @@ CHOSEN[5] = CHOSEN[3] | {"synthetic, labels": (0.2, 0.9)}  # only these and true
 
 
 def learn(folder, data, cut, way, rates, seed, updates=None, seconds=None, delay=0):
-    """One run: `cut` layers in the input half, the other hidden ones and the last in the output half."""
+    """One run: `cut` layers in the input half, the other hidden ones and the last in the output half.
+
+    A linear layer of 64 alone, below which everything may saturate, is stable up to a rate of 2 (1 + momentum) / 64 = 0.06.
+    """
     gradients, oracle = WAYS[way]
     rate, momentum = rates
     run_three(folder, seconds, seed, data=data, delay=delay, oracle=oracle,
-              output=["--layers", *[WIDTH] * (HIDDEN - cut), 1],
+              output=["--layers", *[WIDTH] * (HIDDEN - cut), 1, "--learning-rate", 0.02 if cut == HIDDEN - 1 else 0.1],
               input=["--layers", COLUMNS, *[WIDTH] * cut, "--gradients", gradients, "--learning-rate", rate, "--momentum",
                      momentum, "--warm-up", 0 if gradients == "true" else 300, *(["--num-epochs", round(updates / 1900)] if updates else [])])
 
