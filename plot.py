@@ -77,6 +77,9 @@ def draw_curves(figure, runs):
             for (name, metrics), (color, style) in zip(runs.items(), itertools.cycle(STYLES)):
                 if np.isfinite(metrics.get(column, np.nan)).any():
                     ax.plot(metrics[x] / unit, metrics[column], style, color=color, label=name, linewidth=1.5)
+            if limits[0] == 0:
+                ax.update_datalim([(0, 0)])  # so that there is room above the line, too
+                ax.autoscale_view()
             ax.set(ylabel=label, yscale=scale, ylim=limits, xlabel=x_label if row == len(rows) - 1 else "")
             if scale == "log":
                 ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}", minor_formatter="")
