@@ -65,7 +65,7 @@ class Oracle:
     """The model between two changes of scale: it sees h standardised, and learns g divided by the gradients' present
     root mean square, for true gradients shrink as the network learns, and the model should not have to follow that.
 
-    The training loop owns all of it, but for `published`, which it replaces whole and guess() reads.
+    The training loop owns all of it. Servers' threads read `updates`, and `published`, which is replaced whole.
     """
 
     def __init__(self, dims, learning_rate, batch_size, seed):
@@ -73,8 +73,8 @@ class Oracle:
         keras.utils.set_random_seed(seed)
         self.model = make_model(dims)
         self.step = compiled_training(self.model, learning_rate, batch_size)
-        self.moments, self.updates = None, 0
-        self.published = None
+        self.moments, self.updates = None, 0  # mean and deviation of h, and the scale of g
+        self.published = None                 # the newest clock learned from, the moments, the weights
 
     def train(self, h, g, clock):
         """STEPS minibatches; returns the loss as a fraction: 0 is a perfect guess, 1 no better than zeros."""

@@ -120,14 +120,15 @@ def is_whole(path):
 
 
 def draw_run(folder, out):
-    """The surface at each snapshot, as pictures and as an animation. Returns what was written."""
+    """The surface at each snapshot, as pictures and as an animation, if it can be drawn. Returns what was written."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
     pictures, movie = out / "synthetic_plots", out / "learning.gif"
     paths = list(filter(is_whole, snapshots(folder)))
     problem = surface_problem(read_snapshot(paths[-1])[0]) if paths else f"{folder} holds no snapshot"
     if problem:
-        return [problem]
+        print(problem)
+        return []
     pictures.mkdir(exist_ok=True)
     for old in pictures.glob("surface_*.png"):
         old.unlink()

@@ -12,8 +12,7 @@ The symbols are the same here, in the README and on the wire:
 
 Everything works on a minibatch: x, y, h and g have the shape (batch, dim). It is written to be read, not to be fast:
 one example at a time (--batch-size 1) is stochastic gradient descent as the textbooks have it. The layers are the ones
-that train_input.py and train_output.py use, each on its own side of the cut; their loops stand
-in the same words.
+that train_input.py and train_output.py use, each on its own side of the cut; their loops stand in the same words.
 """
 import argparse
 import time
@@ -31,13 +30,13 @@ class Sigmoid:
         return 0.5 * np.tanh(0.5 * z) + 0.5
 
     @staticmethod
-    def derivative(h):
-        """dh/dz, written in terms of h, which is at hand: σ' = σ (1 − σ)."""
-        return h * (1 - h)
+    def backprop(h, g):
+        """dL/dh -> dL/dz = dL/dh σ', and σ' = σ (1 − σ) in terms of h, which is at hand."""
+        return g * (h * (1 - h))
 
 
 class Linear:
-    """The last layer's activation where y is a number. Its derivative is 1, so that dL/dz is dL/dŷ = ŷ − y."""
+    """The last layer's activation where y is a number."""
     gain = 1
 
     @staticmethod
@@ -45,25 +44,18 @@ class Linear:
         return z
 
     @staticmethod
-    def derivative(h):
-        return 1
+    def backprop(h, g):
+        """Of the last layer loss_gradient() gives dL/dz."""
+        return g
 
 
-class Softmax:
-    """The last layer's activation where y is a class: probabilities, e^z over their sum.
-
-    Its derivative and the cross-entropy's, −y/ŷ, multiply to ŷ − y. loss_gradient() is that product, so 1 is left.
-    """
-    gain = 1
+class Softmax(Linear):
+    """The last layer's activation where y is a class: probabilities, e^z over their sum."""
 
     @staticmethod
     def activate(z):
         e = np.exp(z - z.max(axis=1, keepdims=True))
         return e / e.sum(axis=1, keepdims=True)
-
-    @staticmethod
-    def derivative(h):
-        return 1
 
 
 def loss(y_hat, y):
@@ -74,7 +66,10 @@ def loss(y_hat, y):
 
 
 def loss_gradient(y_hat, y):
-    """dL/dz of the last layer, with which backprop begins: ŷ − y, for both losses."""
+    """dL/dz of the last layer, with which backprop begins: ŷ − y, for both losses.
+
+    For numbers because ŷ = z. For classes because softmax and cross-entropy go together: dL/dŷ alone is −y/ŷ.
+    """
     return y_hat - y
 
 
@@ -100,14 +95,14 @@ class Layer:
         return self.h
 
     def backprop(self, g):
-        """g = dL/dh (batch, output_dim) -> dL/dx (batch, input_dim), per example, by the chain rule.
+        """g = dL/dh (batch, output_dim), of a network's last layer dL/dz -> dL/dx (batch, input_dim), per example.
 
-        Remembers the gradients of this layer's own w and b. Here, and only here, the mean over the batch is taken.
+        Remembers the gradients of this layer's own w and b: their mean over the batch, which is taken here and only here.
         """
-        dL_dz = g * self.activation.derivative(self.h)
-        mean_dL_dz = dL_dz / len(g) if len(g) > 1 else dL_dz  # plain SGD is spared 6% of its time
-        self.dL_dw = self.x.T.dot(mean_dL_dz)
-        self.dL_db = np.add.reduce(mean_dL_dz)
+        dL_dz = self.activation.backprop(self.h, g)
+        share = dL_dz / len(g) if len(g) > 1 else dL_dz  # of the mean; plain SGD is spared 6% of its time
+        self.dL_dw = self.x.T.dot(share)
+        self.dL_db = np.add.reduce(share)
         return dL_dz.dot(self.w.T)
 
     def descend(self, learning_rate, momentum):
@@ -128,7 +123,8 @@ def feed_forward(layers, h):
 
 
 def backprop(layers, g):
-    """dL/dh of the last layer -> dL/dx of the first, per example; every layer remembers its own gradients."""
+    """dL/dh of the last layer (what loss_gradient() gives, if it is the network's last) -> dL/dx of the first, per example;
+    every layer remembers its own gradients."""
     for layer in reversed(layers):
         g = layer.backprop(g)
     return g

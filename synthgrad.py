@@ -4,7 +4,7 @@
     oracle, 5001   POST /estimate_gradients     Question    Guess        ĝ at once, and what it was learned from
                    POST /provide_gradients      Gradients   Accepted     true gradients, thrown by the output trainer
     output, 5002   POST /training_examples      Examples    Accepted     activations, thrown by the input trainer
-                   POST /true_gradients         Question    Truth        g, after one update-locked step
+                   POST /true_gradients         Question    Truth        g, with which one update was made
                    GET  /weights                            Weights      the output half
     input, 5003    GET  /weights                            Weights      the input half
     all three      GET  /status                             Status       widths, updates, counters, losses
@@ -17,7 +17,7 @@
     learned     a number or null         the newest clock among the true gradients that the guess was learned from
 
 A request that is wrong is answered 4xx with {"error": "what was wrong, where, and what was expected"} and changes
-nothing. The messages are the types below; unknown fields are refused.
+nothing. The messages are the types below; unknown fields of a request are refused.
 """
 import base64
 from itertools import pairwise
@@ -104,7 +104,7 @@ class Examples(msgspec.Struct, forbid_unknown_fields=True):
     clock: Integers
 
 
-class Gradients(Examples, forbid_unknown_fields=True):
+class Gradients(Examples):
     gradients: Matrix
 
 
@@ -143,7 +143,10 @@ class Refused(Exception):
 
 
 class NoAnswer(ConnectionError):
-    """The server cannot be reached, or broke off, or was too slow, or answered rubbish. Asking again may help."""
+    """The server cannot be reached, or broke off, or was too slow, or answered rubbish, or what is too old to be of use.
+
+    Asking again may help.
+    """
 
 
 def encode(**fields):

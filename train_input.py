@@ -8,7 +8,8 @@
 After its forward pass it throws the activations at train_output.py, fire and forget, and does not wait for the true
 gradient: it asks oracle.py for a guess, and descends along that. It runs at most --staleness updates ahead of what the
 oracle has learned from. Now and then it fetches the output half's weights, tests the whole network on held-out
-examples, and writes a row and a snapshot into progress/. `python plot.py --live` shows the run while it lasts.
+examples, and writes a row and a snapshot into progress/. `python plot.py --live` shows the run while it lasts. It ends
+here, after --num-epochs; the other two then wait for news until they are stopped.
 """
 import collections
 import contextlib
@@ -41,7 +42,7 @@ class BoundedStaleness:
 
     A guess's staleness is clock − learned. An oracle that has learned nothing yet answers zeros, and that counts from
     the first of them. A slow process, a killed one and a lost message are all the same wait. What ends it is news: wait()
-    calls ask() until it succeeds, and ask() has thrown again what was thrown, for that may have been lost.
+    calls ask() until it succeeds, and ask() has the last minibatch thrown again, for that may have been lost.
     """
 
     def __init__(self, oracle, bound, wait, throw_again):
@@ -69,8 +70,9 @@ class BoundedStaleness:
         staleness = clock - (self.first_zeros if learned is None else learned)
         if staleness > self.bound:
             self.throw_again()
-            raise NoAnswer(f"it has learned from true gradients up to update {learned or 0}, layer 1 has made {clock}, and "
-                           f"--staleness is {self.bound}: is train_output.py there?")
+            learned_from = "nothing" if learned is None else f"true gradients up to update {learned}"
+            raise NoAnswer(f"it has learned from {learned_from}, layer 1 has made {clock}, and --staleness is {self.bound}: "
+                           "is train_output.py there?")
         self.recent.append((max(0, staleness), time.perf_counter() - asked))  # below 0: resumed from an older checkpoint
         return g
 
@@ -93,12 +95,12 @@ class Run:
         self.oracle = OracleClient(args.oracle_server, args.token)
         self.output, thrower = (LayerClient(args.output_server, args.token) for _ in range(2))
         self.sender = exchange.Sender(thrower.training_examples, f"the output trainer at {self.output.url}",
-                                      4 * args.staleness * args.batch_size, args.layers[-1] + self.y.shape[1])
+                                      max_rows=4 * args.staleness * args.batch_size, width=args.layers[-1] + self.y.shape[1])
         self.guesses = BoundedStaleness(self.oracle, args.staleness, self.from_oracle, self.throw_again)
         self.checkpoint = runs.Checkpoint(args.progress_dir)
-        self.counts = {"examples": 0, "updates": 0, "seconds": 0.0} | (
+        self.counts = {"examples": 0, "updates": 0, "seconds": 0.0, "output_updates": 0} | (
             self.checkpoint.start(self.half, resume=True) if args.resume else {})  # a new run's Progress moves it aside
-        self.row, self.state, self.output_updates = {}, "waiting for the other two processes", 0
+        self.row, self.state = {}, "waiting for the other two processes"
         self.score = runs.score_name(self.y)
         self.publish()
 
@@ -121,7 +123,8 @@ class Run:
             self.sender.throw(*self.thrown)
 
     def gradients(self):
-        """guess(h, y, clock): from where layer 1's gradient comes. Nothing else differs."""
+        """guess(h, y, clock): from where layer 1's gradient comes. "true" asks and throws in one, and needs no oracle;
+        nothing else differs."""
         rng = np.random.default_rng([self.args.seed, 5])
         return {"synthetic": self.guesses,
                 "true": lambda h, y, clock: self.from_output(lambda: self.output.true_gradients(h, y)),
@@ -148,9 +151,10 @@ class Run:
         if not all(np.isfinite(array).all() for pair in self.published[0] for array in pair):
             raise FloatingPointError("layer 1 diverged; try a lower --learning-rate")
         output_half, updates = self.from_output(lambda: self.output.weights(self.output_dims))
-        if updates < self.output_updates:
-            print(f"the output trainer was started anew: at {updates} updates, after {self.output_updates}", file=sys.stderr)
-        self.output_updates, weights = updates, self.published[0] + output_half
+        if updates < self.counts["output_updates"]:
+            print(f"the output half went back from {self.counts['output_updates']} updates to {updates}: was its trainer "
+                  "started again with --resume?", file=sys.stderr)
+        self.counts["output_updates"], weights = updates, self.published[0] + output_half
         network = layers_from_weights(weights)
         self.row = {**self.counts, "epoch": self.counts["examples"] / len(self.x),
                     self.score: test_score(network, self.x_test, self.y_test),

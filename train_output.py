@@ -22,7 +22,7 @@ from synthgrad import Examples, OracleClient, Question, Refused, encode, encode_
 
 
 def train(layers, minibatches, learning_rate, momentum, owned, updates=0):
-    """The algorithm. Yields the loss after each update, counted by `updates`. Only this writes to the layers."""
+    """The algorithm. Yields, after each update, the loss there before it. Only this writes to the layers."""
     for updates, (h, y, tell) in enumerate(minibatches, updates):
         with owned:                                # so that nobody reads half an update
             y_hat = feed_forward(layers, h)
@@ -30,7 +30,7 @@ def train(layers, minibatches, learning_rate, momentum, owned, updates=0):
             g = backprop(layers, g)                # dL/dh, per example: what layer 1 would like to know
             descend(layers, learning_rate(updates), momentum)
         if tell:
-            tell(g)                                # thrown at the oracle, fire and forget
+            tell(g)                                # to the oracle, fire and forget; or to who asked for the truth
         yield loss(y_hat, y).mean()
 
 
@@ -56,21 +56,23 @@ def main(args, stop):
     state = {"updates": 0} | checkpoint.start(layers, args.resume)
     owned = threading.Lock()                       # whoever holds it may touch the layers
     examples = exchange.NewestExamples(args.keep, args.replay)
-    arrived = queue.Queue()                        # minibatches not yet trained on; bounded by arrive()
+    arrived, dropped = queue.Queue(), 0            # minibatches not yet trained on; bounded by arrive()
     oracle = OracleClient(args.oracle_server, args.token)
-    sender = exchange.Sender(oracle.provide_gradients, f"the oracle at {oracle.url}", args.keep, 2 * width + k)
+    sender = exchange.Sender(oracle.provide_gradients, f"the oracle at {oracle.url}", max_rows=args.keep, width=2 * width + k)
 
     def arrive(h, y, tell):
         """In a server's thread. At most --keep / --batch-size minibatches wait their turn: the oldest are dropped."""
+        nonlocal dropped
         examples.add(h, y)
         with contextlib.suppress(queue.Empty):     # the training loop takes them, too
             while arrived.qsize() * args.batch_size >= args.keep:
                 arrived.get_nowait()
+                dropped += 1
         arrived.put((h, y, tell))
 
     def status():
         return {"layers": args.layers, "loss": None, **state, "examples": examples.counters(), "waiting": arrived.qsize(),
-                "gradients": sender.counters()}
+                "dropped": dropped, "gradients": sender.counters()}
 
     app = serving.make_app("output trainer", status, args)
 
@@ -111,7 +113,8 @@ def main(args, stop):
             if time.monotonic() - saved > args.checkpoint_seconds:
                 saved = time.monotonic()
                 checkpoint.save(layers, **state)
-    checkpoint.save(layers, **state)
+    if state["updates"]:                           # a half that was never trained is not to push out an earlier one
+        checkpoint.save(layers, **state)
     sender.close(timeout=5)
 
 

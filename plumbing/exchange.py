@@ -15,7 +15,7 @@ class Sender:
 
     The queue is bounded to `max_rows` examples: beyond that the oldest are dropped. What could not be delivered is
     dropped too. Everything is counted: thrown = sent + dropped + what waits or is under way. What waits is posted
-    together, as much of it as fits into a message.
+    together, as much of it as fits into a message, of examples of `width` floats each.
     """
 
     def __init__(self, post, who, max_rows, width):

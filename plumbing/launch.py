@@ -11,17 +11,24 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of all options, those that others need, too
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--progress-dir", default="progress")
+    parser.add_argument("--progress-dir", type=Path, default="progress")
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--port", default="5003")
     parser.add_argument("--token-file")
     shared = parser.parse_known_args()[0]
+    folder, seed = shared.progress_dir, ["--seed", shared.seed]
     token = ["--token-file", shared.token_file] if shared.token_file else []
-    commands = [["oracle.py", *token], ["train_output.py", *token, *["--resume"] * shared.resume],
-                ["plot.py", "--live", shared.progress_dir, *token], ["train_input.py", *sys.argv[1:]]]
+    commands = [["oracle.py", *seed, *token],
+                ["train_output.py", "--progress-dir", folder.parent / f"output_{folder.name}", *seed, *token,
+                 *["--resume"] * shared.resume],
+                ["plot.py", "--live", folder, "--input-server", f"127.0.0.1:{shared.port}", *token],
+                ["train_input.py", *sys.argv[1:]]]
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.default_int_handler)
     started = []

@@ -70,9 +70,9 @@ def until_answered(call, who, stop, patience):
 
 
 def check_partners(partners, width, k, ahead, resume):
-    """ValueError unless the statuses {program: Status} fit activations of `width` and y of `k`, the examples that layer 1
-    may be `ahead` suffice to be trained on, and (without `resume`) nobody has made an update yet: a new run never starts
-    in silence on what an earlier one has left."""
+    """ValueError unless the statuses {program: Status} fit activations of `width` and y of `k`, `ahead`, the examples that
+    layer 1 may throw before it waits, are enough for each to train on, and (without `resume`) nobody has made an update
+    yet: a new run never starts in silence on what an earlier one has left."""
     for name, status in partners.items():
         if status.needs > ahead:
             raise ValueError(f"--staleness times --batch-size is {ahead} examples, but {name} waits for {status.needs} "
@@ -95,7 +95,7 @@ def make_app(process, status, args):
     """
     app = flask.Flask(process, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"], app.json.sort_keys = MAX_BODY, False
-    token, names = args.token, {"localhost", args.host, socket.gethostname()}
+    token, names = args.token, {name.lower() for name in ("localhost", args.host, socket.gethostname())}
 
     @app.before_request
     def check():
@@ -158,7 +158,8 @@ def serve(app, args):
 
 def argument_parser(doc, port, **defaults):
     """The options that all processes have, and those of `defaults` that the trainers share, with these defaults."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)  # plumbing.launch reads some of these, too
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=number(int, 1, 65535), default=port, help="port to listen on (%(default)s)")
@@ -171,8 +172,8 @@ def argument_parser(doc, port, **defaults):
         "batch_size": dict(type=number(int, 1), help="examples per minibatch (%(default)s)"),
         "seed": dict(type=number(int, 0), help="of the random numbers (%(default)s)"),
         "keep": dict(type=number(int, 1), help="newest examples to train over, and bound of the queues (%(default)s)"),
-        "replay": dict(type=number(float, 0), help="how often to train over each example that has arrived, before waiting for"
-                       " news (%(default)s)"),
+        "replay": dict(type=number(float, 0), help="how often to draw each example that has arrived, to train on it again,"
+                       " before waiting for news (%(default)s)"),
         "oracle_server": dict(help="where the oracle is (%(default)s)"),
         "output_server": dict(help="where the output trainer is (%(default)s)"),
         "resume": dict(action="store_true", help="go on from the checkpoint in --progress-dir, if there is one"),

@@ -53,6 +53,13 @@ def test_the_output_trainer_goes_on_from_its_own_checkpoint(tmp_path, small_data
         three.start("output", extra=["--resume"])
         status = wait_until(lambda: three.status("output"), "the output trainer")
         assert status["updates"] == kept["updates"] > 1000 and status["loss"] == pytest.approx(kept["loss"])
+        for _ in range(2):  # started without --resume by mistake, and stopped again: nothing is lost
+            assert end(three.processes["output"]) == 0
+            three.start("output")
+            wait_until(lambda: three.status("output"), "the output trainer")
+        assert end(three.processes["output"]) == 0
+    checkpoints = three.folder / "output_progress"
+    assert not (checkpoints / "checkpoint.npz").exists() and (checkpoints / "checkpoint.old.npz").exists()
 
 
 def test_a_checkpoint_holds_weights_and_velocities_and_must_fit(tmp_path):

@@ -91,7 +91,8 @@ def test_integers_are_classes_and_become_one_hot(tmp_path):
     (None, None, (), "generate.py"),
     (b"not numpy", np.zeros(50), (), "expected a NumPy .npy file"),
     (np.zeros((50, 2)), np.zeros(49), (), "expected (n, columns) and (n,)"),
-    (np.full((50, 2), np.nan), np.zeros(50), (), "NaN or infinity"),
+    (np.full((50, 2), np.nan), np.zeros(50), (), "NaN, infinity"),
+    (np.zeros((50, 2)), np.full(50, 2e6), (), "numbers beyond a million"),
     (np.zeros((50, 2)), np.zeros(50), ("--held-out", 50), "--held-out must be from 1 to 49"),
     (np.zeros((50, 2)), np.arange(50) % 4 + 1, (), "expected 0 … k − 1, each at least once"),
     (np.zeros((50, 2)), np.zeros(50, int), (), "expected 0 … k − 1, each at least once")])
