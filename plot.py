@@ -1,6 +1,6 @@
 """Pictures from what runs wrote down: metrics.csv and snapshot_*.npz.
 
-    python plot.py                              # every folder here that holds a run
+    python plot.py                              # every folder here that holds a run, but progress.1 and the like
     python plot.py progress sgd_progress        # these runs, overlaid and named by their folders
     python plot.py --live                       # a page that follows progress/: http://127.0.0.1:5004/
 
@@ -215,7 +215,7 @@ def live(args, stop):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="*", help="folders of runs (all that are here; with --live: progress)")
+    add("runs", nargs="*", help="folders of runs (all here but those moved aside, like progress.1; with --live: progress)")
     add("--out", type=Path, default=Path("."), help="where to write (the current folder)")
     add("--live", action="store_true", help="serve a page that follows a run")
     add("--host", default="127.0.0.1", help="address that the live page listens on (%(default)s)")

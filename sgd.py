@@ -236,7 +236,7 @@ def main():
                     bar.set_postfix_str(f"held-out {score[5:].upper()} {reached:.4f}")
     except KeyboardInterrupt:
         progress.end("stopped")
-        parser.exit(130, f"\nstopped; every finished epoch is in {args.progress_dir}\n")
+        parser.exit(130, f"\nstopped after {epoch} whole epochs, which are in {args.progress_dir}\n")
     progress.end("finished")
     print(f"{args.num_epochs} epochs in {time.perf_counter() - start:.0f} s: {args.progress_dir}/metrics.csv")
 

@@ -232,9 +232,9 @@ class Client:
         except requests.RequestException as error:
             raise NoAnswer(f"{self.url}{path}: {type(error).__name__}: {str(error)[-150:]}") from None
         if 400 <= answer.status_code < 500:
-            raise Refused(f"{self.url}{path}: {answer.text[:500]}", answer.status_code)
+            raise Refused(f"{self.url}{path}: {answer.text[:500].strip()}", answer.status_code)
         if answer.status_code != 200:
-            raise NoAnswer(f"{self.url}{path}: status {answer.status_code}, {answer.text[:150]}")
+            raise NoAnswer(f"{self.url}{path}: status {answer.status_code}, {answer.text[:150].strip()}")
         return answer.content
 
     def ask(self, kind, method, path, body=None, **expected):

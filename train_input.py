@@ -222,8 +222,7 @@ def learn(run, progress):
             if counts["seconds"] > due:
                 run.take_snapshot(progress)
                 due = time.perf_counter() - start + args.snapshot_seconds
-                bar.set_postfix_str(f"epoch {run.row['epoch']:.1f}, held-out {run.score[5:]} {run.row[run.score]:.4f}, "
-                                    f"staleness {run.row['staleness']:.0f}")
+                bar.set_postfix_str(f"epoch {run.row['epoch']:.1f}, held-out {run.score[5:]} {run.row[run.score]:.4f}")
             if run.stop:
                 break
     run.sender.close(timeout=5)
