@@ -34,7 +34,7 @@ def load_data(x_path, y_path, held_out=None):
             raise FileNotFoundError(f"{path} not found: `python generate.py` makes x.npy and y.npy") from None
         except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
             raise ValueError(f"{path}: expected a NumPy .npy file that holds an array of numbers") from None
-        if not (np.abs(arrays[-1]) <= 1e6).all():  # NaN is not, either
+        if not (np.abs(arrays[-1]) <= 1e6).all():  # as synthgrad.MAX_MAGNITUDE; NaN is not, either
             raise ValueError(f"{path}: holds NaN, infinity or numbers beyond a million; expected smaller ones, near 1 at best")
     x, y = arrays
     if x.ndim != 2 or y.shape != x.shape[:1] or len(x) < 20:
