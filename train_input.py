@@ -152,8 +152,8 @@ class Run:
             raise FloatingPointError("layer 1 diverged; try a lower --learning-rate")
         output_half, updates = self.from_output(lambda: self.output.weights(self.output_dims))
         if updates < self.counts["output_updates"]:
-            print(f"the output half went back from {self.counts['output_updates']} updates to {updates}: was its trainer "
-                  "started again with --resume?", file=sys.stderr)
+            print(f"the output half went back from {self.counts['output_updates']} updates to {updates}: its trainer was started "
+                  "again, from an older checkpoint or from none", file=sys.stderr)
         self.counts["output_updates"], weights = updates, self.published[0] + output_half
         network = layers_from_weights(weights)
         self.row = {**self.counts, "epoch": self.counts["examples"] / len(self.x),
