@@ -4,9 +4,10 @@
     python generate.py --digits             # MNIST, which Keras downloads once
     python generate.py --digits FILE.npz    # from a file in the form of Keras' mnist.npz
 
-x.npy holds the inputs, (n, 2) or (n, 784) float32; y.npy the target at each of them, (n,): float32 numbers, or int64
-classes. The function has no significance: it is smooth enough to learn and lumpy enough that a network must work for it.
-train_input.py and sgd.py read these two files; plot.py calls target() to draw the right answer.
+x.npy holds the inputs, (n, 2) or (n, 784) float32; y.npy the target at each of them, (n,): float32
+numbers, or int64 classes. The function has no significance: it is smooth enough to learn and lumpy
+enough that a network must work for it. train_input.py and sgd.py read these two files; plot.py
+calls target() to draw the right answer.
 """
 import argparse
 import os
@@ -17,7 +18,8 @@ import numpy as np
 
 
 def target(x):
-    """The function to be learned, at the points x: (..., 2) -> (...). Its variance on the square is about 0.161."""
+    """The function to be learned, at the points x: (..., 2) -> (...). Its variance on the square is
+    about 0.161."""
     r = np.hypot(x[..., 0], x[..., 1])
     theta = np.arctan2(x[..., 1], x[..., 0])
     k = 0.3 * (np.sin(theta) + 1)
@@ -27,13 +29,15 @@ def target(x):
 
 
 def sample(num_examples, seed):
-    """Draw inputs uniformly from the square; returns x (num_examples, 2) and y (num_examples,), float32."""
+    """Draw inputs uniformly from the square; returns x (num_examples, 2) and y (num_examples,),
+    float32."""
     x = np.random.default_rng(seed).uniform(-1, 1, (num_examples, 2)).astype(np.float32)
     return x, target(x).astype(np.float32)
 
 
 def digits(path):
-    """MNIST: x (n, 784) float32 from 0 to 1, y (n,) int64, and how many at the end are its own test set.
+    """MNIST: x (n, 784) float32 from 0 to 1, y (n,) int64, and how many at the end are its own test
+    set.
 
     ValueError if Keras cannot download it, or if the file is not in its form.
     """

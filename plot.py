@@ -4,9 +4,10 @@
     python plot.py progress sgd_progress        # these runs, overlaid and named by their folders
     python plot.py --live                       # a page that follows progress/: http://127.0.0.1:5004/
 
-Writes learning_curves.png with all runs; and of the first run one picture of the learned surface per snapshot, beside
-the target, into synthetic_plots/, and learning.gif, the surface being learned. The live page is a process of its own:
-it asks the three for their /status and reads the run's folder, and nobody waits for it or needs it.
+Writes learning_curves.png with all runs; and of the first run one picture of the learned surface
+per snapshot, beside the target, into synthetic_plots/, and learning.gif, the surface being learned.
+The live page is a process of its own: it asks the three for their /status and reads the run's
+folder, and nobody waits for it or needs it.
 """
 import argparse
 import io
@@ -45,7 +46,8 @@ def is_tall(figure):
 
 
 def draw_surface(figure, weights, row):
-    """The learned surface beside the target, on the same colour scale; above it on a figure that is tall."""
+    """The learned surface beside the target, on the same colour scale; above it on a figure that is
+    tall."""
     axes = figure.subplots(*((2, 1) if is_tall(figure) else (1, 2)), sharex=True, sharey=True)
     learned = feed_forward(layers_from_weights(weights), GRID.reshape(-1, 2)).reshape(GRID.shape[:2])
     name = f"learned: {row['examples'] / 1e6:.2f} million examples,\n{row['seconds']:.0f} s, MSE {row['test_mse']:.4f}"
@@ -58,7 +60,8 @@ def draw_surface(figure, weights, row):
 
 
 def draw_curves(figure, runs):
-    """Against seconds and against examples: the held-out score, and below it what the runs have of the rest of CURVES.
+    """Against seconds and against examples: the held-out score, and below it what the runs have of
+    the rest of CURVES.
 
     runs: name -> metrics.
     """
@@ -120,7 +123,8 @@ def is_whole(path):
 
 
 def draw_run(folder, out):
-    """The surface at each snapshot, as pictures and as an animation, if it can be drawn. Returns what was written."""
+    """The surface at each snapshot, as pictures and as an animation, if it can be drawn. Returns
+    what was written."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
     pictures, movie = out / "synthetic_plots", out / "learning.gif"
@@ -158,7 +162,8 @@ def draw_live(folder, kind):
 
 
 def live(args, stop):
-    """The live page, until it is stopped: page.html, the raw statuses of the three, and pictures drawn once a snapshot."""
+    """The live page, until it is stopped: page.html, the raw statuses of the three, and pictures
+    drawn once a snapshot."""
     import flask
 
     from plumbing import serving

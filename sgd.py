@@ -1,18 +1,19 @@
-"""Plain stochastic gradient descent with hand-written backprop: the baseline, and the file to read first.
+"""Plain stochastic gradient descent with hand-written backprop: the baseline, and the file to read
+first.
 
     python generate.py                     # makes x.npy and y.npy
     python sgd.py x.npy y.npy              # 100 epochs, about ten minutes; writes sgd_progress/
 
-The symbols are the same here, in the README and on the wire:
+The symbols are the same here, in the README and in the protocol:
 
     x, h    a layer's input, and its activations h = activation(z), where z = x w + b
     y, ŷ    the target, and the network's output: the last layer's h
     L       the loss of one example: ½ (ŷ − y)² for numbers, the cross-entropy −Σ y ln ŷ for classes
     g       the gradient dL/dh, one row per example: what backprop hands from layer to layer
 
-Everything works on a minibatch: x, y, h and g have the shape (batch, dim). It is written to be read, not to be fast:
-one example at a time (--batch-size 1) is stochastic gradient descent as the textbooks have it. The layers are the ones
-that train_input.py and train_output.py use, each on its own side of the cut; their loops stand in the same words.
+Everything works on a minibatch: x, y, h and g have the shape (batch, dim). The code is written to
+be read, not to be fast. One example at a time (--batch-size 1) is SGD as textbooks describe it. The
+trainers of the decoupled run use the same layers, and their loops use the same words.
 """
 import argparse
 import time
@@ -20,10 +21,13 @@ from itertools import pairwise
 
 import numpy as np
 
+# ---- activations: to add one, write a class like these and name it in HIDDEN ----
+
 
 class Sigmoid:
     """σ(z) = 1 / (1 + e^−z), in the form that cannot overflow."""
-    gain = 4  # σ'(0) = 1/4, so weights must be 4 times as large to pass a signal on undiminished
+    gain = 4    # σ'(0) = 1/4, so weights must be 4 times as large to pass a signal on undiminished
+    mean = 0.5  # of h at the start, when z is near zero
 
     @staticmethod
     def activate(z):
@@ -31,12 +35,12 @@ class Sigmoid:
 
     @staticmethod
     def backprop(h, g):
-        """dL/dh -> dL/dz = dL/dh σ', and σ' = σ (1 − σ) in terms of h, which is at hand."""
+        """dL/dh -> dL/dz = dL/dh σ', where σ' = σ (1 − σ) = h (1 − h)."""
         return g * (h * (1 - h))
 
 
 class Linear:
-    """The last layer's activation where y is a number."""
+    """h = z: the last layer's activation where y is a number."""
     gain = 1
 
     @staticmethod
@@ -45,44 +49,63 @@ class Linear:
 
     @staticmethod
     def backprop(h, g):
-        """Of the last layer loss_gradient() gives dL/dz."""
         return g
 
 
-class Softmax(Linear):
-    """The last layer's activation where y is a class: probabilities, e^z over their sum."""
+class Softmax:
+    """h = e^z / Σ e^z: the last layer's activation where y is a class; h is never exactly zero."""
+    gain = 1
 
     @staticmethod
     def activate(z):
         e = np.exp(z - z.max(axis=1, keepdims=True))
-        return e / e.sum(axis=1, keepdims=True)
+        return np.maximum(e / e.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+    @staticmethod
+    def backprop(h, g):
+        """dL/dh -> dL/dz = h (dL/dh − Σ h dL/dh). With the cross-entropy's g this is ŷ − y."""
+        return h * (g - (h * g).sum(axis=1, keepdims=True))
+
+
+HIDDEN = Sigmoid  # the activation of every hidden layer
+
+
+def output_activation(k):
+    """The last layer's activation where y is (batch, k)."""
+    return Linear if k == 1 else Softmax
+
+
+# ---- losses: another one is a second case in each of these two functions ----
 
 
 def loss(y_hat, y):
-    """L of each example, (batch,): ½ (ŷ − y)² where y is (batch, 1), else the cross-entropy of one-hot y (batch, k)."""
+    """L of each example, (batch,): ½ (ŷ − y)² where y is (batch, 1), else the cross-entropy of
+    one-hot y (batch, k)."""
     if y.shape[1] == 1:
         return 0.5 * (y_hat - y)[:, 0] ** 2
-    return -(y * np.log(np.maximum(y_hat, 1e-30))).sum(axis=1)
+    return -(y * np.log(y_hat)).sum(axis=1)
 
 
 def loss_gradient(y_hat, y):
-    """dL/dz of the last layer, with which backprop begins: ŷ − y, for both losses.
-
-    For numbers because ŷ = z. For classes because softmax and cross-entropy go together: dL/dŷ alone is −y/ŷ.
-    """
-    return y_hat - y
+    """g = dL/dŷ, (batch, k), with which backprop begins: ŷ − y, or −y / ŷ for classes."""
+    return y_hat - y if y.shape[1] == 1 else -y / y_hat
 
 
 def test_score(layers, x, y):
-    """What is reported, on held-out x and y: the MSE, mean (ŷ − y)² without the ½; or the share of wrong classes."""
+    """What is reported, on held-out x and y: the MSE, mean (ŷ − y)² without the ½, or the share of
+    examples whose class is wrong."""
     y_hat = feed_forward(layers, x)
     if y.shape[1] == 1:
         return float(np.mean((y_hat - y) ** 2))
     return float(np.mean(y_hat.argmax(axis=1) != y.argmax(axis=1)))
 
 
+# ---- layers ----
+
+
 class Layer:
-    """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both float32."""
+    """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both
+    float32."""
 
     def __init__(self, w, b, activation):
         self.w, self.b, self.activation = w, b, activation
@@ -95,18 +118,19 @@ class Layer:
         return self.h
 
     def backprop(self, g):
-        """g = dL/dh (batch, output_dim), of a network's last layer dL/dz -> dL/dx (batch, input_dim), per example.
+        """g = dL/dh (batch, output_dim) -> dL/dx (batch, input_dim), per example.
 
-        Remembers the gradients of this layer's own w and b: their mean over the batch, which is taken here and only here.
+        Remembers the gradients of this layer's own w and b: the mean over the batch, which is taken
+        here and only here.
         """
         dL_dz = self.activation.backprop(self.h, g)
-        share = dL_dz / len(g) if len(g) > 1 else dL_dz  # of the mean; plain SGD is spared 6% of its time
-        self.dL_dw = self.x.T.dot(share)
-        self.dL_db = np.add.reduce(share)
+        mean = dL_dz / len(g) if len(g) > 1 else dL_dz  # saves plain SGD 6% of its time
+        self.dL_dw = self.x.T.dot(mean)
+        self.dL_db = np.add.reduce(mean)
         return dL_dz.dot(self.w.T)
 
     def descend(self, learning_rate, momentum):
-        """Step downhill. With momentum, along the decaying sum of past gradients (Polyak's heavy ball)."""
+        """Step downhill. With momentum, along the decaying sum of past gradients (heavy ball)."""
         w_step, b_step = self.dL_dw, self.dL_db
         if momentum:
             w_step = self.w_velocity = momentum * self.w_velocity + w_step
@@ -123,8 +147,8 @@ def feed_forward(layers, h):
 
 
 def backprop(layers, g):
-    """dL/dh of the last layer (what loss_gradient() gives, if it is the network's last) -> dL/dx of the first, per example;
-    every layer remembers its own gradients."""
+    """g = dL/dh of the last layer -> dL/dx of the first, per example; every layer remembers its own
+    gradients."""
     for layer in reversed(layers):
         g = layer.backprop(g)
     return g
@@ -136,50 +160,59 @@ def descend(layers, learning_rate, momentum=0.0):
         layer.descend(learning_rate, momentum)
 
 
-def output_activation(k):
-    """The last layer's activation where y is (batch, k)."""
-    return Linear if k == 1 else Softmax
-
-
 def make_layers(dims, rng, last=None, input_mean=0.0):
-    """[2, 24, 12, 1] -> three layers: sigmoid, but for the last one (None: what fits the width of y).
+    """[2, 24, 12, 1] -> three layers. The last one's activation is `last`, or what fits y's width.
 
-    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12 and 16). Biases start where
-    inputs of their mean leave z at zero, the middle of a sigmoid: deep stacks pass no signal on without that, for a
-    sigmoid's outputs have mean ½. `input_mean` is the mean of what the first layer is given.
+    Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12, 16).
+    Biases start so that an input at its mean gives z = 0, the middle of a sigmoid. Without that,
+    deep stacks pass on no signal. `input_mean` is the mean of what the first layer is given.
     """
     layers = []
     for n, (input_dim, output_dim) in enumerate(pairwise(dims), 2):
-        activation = Sigmoid if n < len(dims) else last or output_activation(output_dim)
+        activation = HIDDEN if n < len(dims) else last or output_activation(output_dim)
         scale = activation.gain * np.sqrt(2 / (input_dim + output_dim))
         w = (scale * rng.standard_normal((input_dim, output_dim))).astype(np.float32)
-        layers.append(Layer(w, -input_mean * w.sum(axis=0), activation))
-        input_mean = 0.5
+        layers.append(Layer(w, -np.float32(input_mean) * w.sum(axis=0), activation))
+        input_mean = HIDDEN.mean
     return layers
 
 
 def layers_from_weights(weights):
     """[(w, b), ...] of a whole network -> its layers."""
     *hidden, (w, b) = weights
-    return [*(Layer(*each, Sigmoid) for each in hidden), Layer(w, b, output_activation(len(b)))]
+    return [*(Layer(*each, HIDDEN) for each in hidden), Layer(w, b, output_activation(len(b)))]
+
+
+# ---- training ----
 
 
 def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
-    """The indices of each minibatch, (batch,), every epoch in a new order; the first `skip` examples are passed over.
+    """The indices of each minibatch, (batch,), every epoch in a new order, without the first
+    `skip`.
 
-    Streams of random numbers are [seed, n]: 1 for layer 1 (and for all layers of sgd.py), 2 for the output half, 3 for the
-    oracle, 4 and the epoch for this, 5 for --gradients shuffled. (Epochs count from 1: [seed, 4, 0] is the same as [seed, 4].)
+    Random numbers come from streams [seed, n]: 1 for the lowest part (here for all layers), 2 for
+    the highest, 3 for the oracle, 4 with the epoch for this, 5 for shuffled gradients, 6 for a
+    middle part.
     """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):
+        # epochs count from 1, since [seed, 4, 0] is the same stream as [seed, 4]
         order = np.random.default_rng([seed, 4, epoch + 1]).permutation(num_examples)
         for k in range(start, num_examples, batch_size):
             yield order[k:k + batch_size]
         start = 0
 
 
+def schedule(learning_rate, decay, warm_up=0):
+    """The learning rate of the decoupled trainers, after so many updates: it rises during `warm_up`
+    updates, while the other processes know little, and falls as 1 / (1 + updates / decay)."""
+    return lambda updates: (learning_rate * min(1, (updates + 1) / (warm_up + 1))
+                            / (1 + updates / decay))
+
+
 def train(layers, x, y, order, learning_rate, momentum):
-    """Stochastic gradient descent, the whole of it. `order` yields minibatches of indices; yields after each update."""
+    """Stochastic gradient descent. `order` yields minibatches of indices. Yields after each
+    update."""
     for clock, i in enumerate(order):
         y_hat = feed_forward(layers, x[i])
         g = loss_gradient(y_hat, y[i])
@@ -189,56 +222,56 @@ def train(layers, x, y, order, learning_rate, momentum):
 
 
 def main():
-    from plumbing import runs
+    from plumbing import data, options, runs
     from tqdm import tqdm
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s [options] x.npy y.npy")
-    runs.add_data_options(parser)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 24, 12, 1], help="widths (2 24 12 1)")
-    parser.add_argument("--num-epochs", type=int, default=100, help="%(default)s")
-    parser.add_argument("--learning-rate", type=float, default=0.002, help="%(default)s")
-    parser.add_argument("--decay", type=float, default=0.997, help="factor on the rate after an epoch (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="%(default)s")
-    parser.add_argument("--momentum", type=float, default=0.0, help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="%(default)s")
-    parser.add_argument("--progress-dir", default="sgd_progress", help="%(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] x.npy y.npy")
+    data.add_options(parser)
+    options.add(parser, layers=[2, 24, 12, 1], num_epochs=100, learning_rate=0.002, batch_size=1,
+                momentum=0.0, seed=0, progress_dir="sgd_progress")
+    parser.add_argument("--decay", type=options.number(float, 0, 1), default=0.997,
+                        help="factor on the learning rate after each epoch (%(default)s)")
     args = parser.parse_args()
-    try:
-        if min(args.batch_size, args.num_epochs) < 1 or args.seed < 0 or not args.learning_rate > 0:
-            raise ValueError("--batch-size and --num-epochs must be at least 1, --seed at least 0, --learning-rate positive")
-        x, y, x_test, y_test = runs.load_data(args.x, args.y, args.held_out)
-        if len(args.layers) < 2 or min(args.layers) < 1:
-            raise ValueError("--layers takes two or more widths, which must be positive")
-        runs.check_widths(x, y, args.layers[0], args.layers[-1], "--layers")
-        score = runs.score_name(y)
-        progress = runs.Progress(args.progress_dir, ["seconds", "examples", "epoch", score], vars(args))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    with options.one_line_errors(parser):
+        loaded = data.load(args.x, args.y, args.held_out)
+        data.check_widths(loaded, args.layers, "--layers")
+        columns = ["seconds", "examples", "epoch", loaded.score]
+        progress = runs.Progress(args.progress_dir, columns, vars(args) | {
+            "constant_guess": loaded.constant_guess})
+        print(data.describe(loaded))
+        run(args, loaded, progress, tqdm)
 
+
+def run(args, loaded, progress, tqdm):
+    """Train with a progress bar, and write a row and a snapshot after each epoch."""
+    x, y, x_test, y_test = loaded.arrays
     layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]))
     per_epoch, examples, epoch = -(-len(x) // args.batch_size), 0, 0
     order = minibatches(len(x), args.batch_size, args.num_epochs, args.seed)
     start = time.perf_counter()
-    try:
-        with np.errstate(all="ignore"), tqdm(total=args.num_epochs, unit="epoch") as bar:
-            for count in train(layers, x, y, order, lambda clock: args.learning_rate * args.decay ** (clock // per_epoch),
-                               args.momentum):
-                examples += count
-                if examples == (epoch + 1) * len(x):
-                    epoch += 1
-                    reached = test_score(layers, x_test, y_test)
-                    if not np.isfinite(sum(layer.w.sum() for layer in layers)):
-                        progress.end("stopped: it diverged")
-                        parser.exit(1, f"\nsgd.py: diverged in epoch {epoch}; try a lower --learning-rate\n")
-                    progress.write([(layer.w, layer.b) for layer in layers], seconds=time.perf_counter() - start,
-                                   examples=examples, epoch=epoch, **{score: reached})
-                    bar.update()
-                    bar.set_postfix_str(f"held-out {score[5:].upper()} {reached:.4f}")
-    except KeyboardInterrupt:
-        progress.end("stopped")
-        parser.exit(130, f"\nstopped after {epoch} whole epochs, which are in {args.progress_dir}\n")
-    progress.end("finished")
-    print(f"{args.num_epochs} epochs in {time.perf_counter() - start:.0f} s: {args.progress_dir}/metrics.csv")
+
+    def learning_rate(clock):
+        return args.learning_rate * args.decay ** (clock // per_epoch)
+
+    with (progress.ending(), np.errstate(all="ignore"),
+          tqdm(total=args.num_epochs, unit="epoch") as bar):
+        for count in train(layers, x, y, order, learning_rate, args.momentum):
+            examples += count
+            if examples == (epoch + 1) * len(x):
+                epoch += 1
+                reached = test_score(layers, x_test, y_test)
+                if not np.isfinite(sum(layer.w.sum() for layer in layers)):
+                    raise FloatingPointError(
+                        f"diverged in epoch {epoch}; try a lower --learning-rate")
+                weights = [(layer.w, layer.b) for layer in layers]
+                progress.write(weights, epoch=epoch, examples=examples, **{loaded.score: reached},
+                               seconds=time.perf_counter() - start)
+                bar.update()
+                bar.set_postfix_str(f"held-out {loaded.score[5:].upper()} {reached:.4f}")
+    print(f"{args.num_epochs} epochs in {time.perf_counter() - start:.0f} s: {progress.metrics}")
+    for line in progress.verdict():
+        print(line)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""`make run`: the same commands that people type in four terminals, each in a session of its own, as terminals have.
+"""`make run`: the same commands that people type in four terminals, each in a session of its own,
+as terminals have.
 
     python -m plumbing.launch x.npy y.npy --num-epochs 16    # what train_input.py takes
 
-Ends when one of the three does; Ctrl-C goes to the input trainer first, so that the others are still there for its last
-snapshot. Whatever happens, nobody is left behind.
+Ends when one of the three does; Ctrl-C goes to the input trainer first, so that the others are
+still there for its last snapshot. Whatever happens, nobody is left behind.
 """
 import argparse
 import contextlib

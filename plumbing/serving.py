@@ -1,60 +1,71 @@
-"""What makes a trainer a process that others can ask: Flask and waitress, options, the token, waiting, stopping."""
-import argparse
+"""What makes a trainer a process that others can ask: Flask and waitress, the token, waiting,
+stopping."""
+import contextlib
 import hmac
 import logging
-import math
 import re
 import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
+import uuid
 from urllib.parse import urlsplit
 
 import flask
 import waitress
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
+from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 
-from synthgrad import MAX_BODY, Malformed, NoAnswer, Refused, decode, rows_per_message
+from plumbing import options, say
+from plumbing.wire import MAX_BODY, Malformed, NoAnswer, Refused, decode, rows_per_message
+
+LOOPBACK = "127.0.0.1", "localhost", "::1"
+CONNECTIONS = 64         # at a time; each may send MAX_BODY bytes, which waitress keeps in a file
+THREADS = 4              # requests that are worked on at a time; the others wait in waitress
+REPORT_SECONDS = 30      # between two lines about what has been trained
+ID = uuid.uuid4().hex    # of this process, so that a cycle of parts can be noticed
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM came while this was waiting."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came, and what can be kept has been kept."""
 
 
 class Stop:
-    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130); a second Ctrl-C does not wait for anything.
+    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). A second Ctrl-C ends the process at
+    once.
 
-    A plain flag: a signal may come while the main thread holds the lock of a threading.Event.
+    A plain flag, because a signal may come while the main thread holds a threading.Event's lock.
     """
 
     def __init__(self):
         self.requested, self.exit_code = False, 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
+        for name in {"SIGTERM", "SIGINT", "SIGBREAK"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), self._request)
 
     def _request(self, number, _):
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number != signal.SIGTERM:
             raise KeyboardInterrupt
-        self.requested, self.exit_code = True, 130 if number == signal.SIGINT else 0
+        self.requested, self.exit_code = True, 0 if number == signal.SIGTERM else 130
 
     def __bool__(self):
         return self.requested
 
 
 def until_answered(call, who, stop, patience):
-    """call(), again and again while it raises NoAnswer: ever less often, and after a second saying for whom one waits.
+    """call() again and again while it raises NoAnswer, ever less often. Says for whom it waits.
 
-    Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: once a stop is requested, only what is
-    answered at once is waited for.
+    Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: once a stop is
+    requested, only what is answered at once is waited for.
     """
     began, pause, said = time.monotonic(), 0.001, False
     while True:
         try:
             answer = call()
             if said:
-                print(f"{who} answers", file=sys.stderr, flush=True)
+                say(f"going on after {time.monotonic() - began:.0f} s: {who} has caught up")
             return answer
         except NoAnswer as error:
             waited = time.monotonic() - began
@@ -64,58 +75,115 @@ def until_answered(call, who, stop, patience):
                 raise
             if waited > 1 and not said:
                 said = True
-                print(f"waiting for {who} ({error})", file=sys.stderr, flush=True)
+                say(f"waiting for {who} ({error})")
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
 
 
-def check_partners(partners, width, k, ahead, resume):
-    """ValueError unless the statuses {program: Status} fit activations of `width` and y of `k`, `ahead`, the examples that
-    layer 1 may throw before it waits, are enough for each to train on, and (without `resume`) nobody has made an update
-    yet: a new run never starts in silence on what an earlier one has left."""
-    for name, status in partners.items():
-        if status.needs > ahead:
-            raise ValueError(f"--staleness times --batch-size is {ahead} examples, but {name} waits for {status.needs} "
-                             "before it trains again; a larger --replay of its own makes that fewer")
-        if status.layers[0] != width:
-            raise ValueError(f"the --layers of {name} begin with {status.layers[0]}, ours end with {width}")
-        if status.condition_on_labels not in (0, k):
-            raise ValueError(f"{name} was started with --condition-on-labels {status.condition_on_labels}; y has a width of {k}")
-    used = [f"{name} (at {status.updates} updates)" for name, status in partners.items() if status.updates]
-    if used and not resume:
-        raise ValueError(f"{' and '.join(used)} took part in an earlier run: restart what is named for a new run, "
-                         "or go on with that one by --resume")
+class Reporter:
+    """Prints a line every REPORT_SECONDS, if there were updates since the last one."""
+
+    def __init__(self):
+        self.reported, self.updates = time.monotonic(), 0
+
+    def now_and_then(self, updates, line):
+        if time.monotonic() - self.reported > REPORT_SECONDS:
+            self.reported = time.monotonic()
+            if updates != self.updates:
+                self.updates = updates
+                say(line())
+
+
+def check_batch(batch_size, width, k):
+    """ValueError unless a minibatch with its gradients fits into a message."""
+    if batch_size > (most := rows_per_message(2 * width + k)):
+        raise ValueError(f"--batch-size must be at most {most}, so that it fits into a message")
+
+
+def check_partner(status, width, k, name):
+    """ValueError unless the status of the part or the oracle above a cut of `width` fits it and y
+    of `k`. ValueError, too, if this process is above that one."""
+    if status.layers[0] != width:
+        raise ValueError(f"the --layers of {name} begin with {status.layers[0]}, ours end "
+                         f"with {width}")
+    if status.condition_on_labels not in (0, k or status.condition_on_labels):
+        raise ValueError(f"{name} was started with --condition-on-labels "
+                         f"{status.condition_on_labels}; y has a width of {k}")
+    if ID in status.ids:
+        raise ValueError(f"{name} has this process above it: the parts form a cycle. "
+                         "--output-server is the address of the next part towards the output")
+
+
+def check_needs(oracle, ahead):
+    """ValueError unless `ahead`, the new gradients that surely reach an oracle before the part
+    below waits for it, are enough for it to train again."""
+    if oracle.needs > ahead:
+        raise ValueError(f"the oracle needs {oracle.needs} new gradients before it trains again, "
+                         f"but only {ahead} come before this part waits for it (--staleness times "
+                         "--batch-size, or the backlog of the part above); a larger --replay of "
+                         "oracle.py makes it need fewer")
+
+
+def check_unused(partners):
+    """ValueError unless nobody in {name: status} has made an update yet."""
+    used = [f"{name} (at {each.updates} updates)" for name, each in partners.items()
+            if each.updates]
+    if used:
+        raise ValueError(f"{' and '.join(used)} took part in an earlier run, or in one that goes "
+                         "on: restart what is named, or continue that run with --resume")
+
+
+def refusal(host, authorization, names, token):
+    """Why a request is not answered, a Refused, or None. Looked at before its body is read.
+
+    Only a number or a name of this machine is answered. A web page that reaches this port by DNS
+    rebinding sends its own name. (Flask's TRUSTED_HOSTS cannot say "any number".)
+    """
+    try:
+        host = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return Refused("expected a Host like 127.0.0.1:5001", 400)
+    if host not in names and not re.fullmatch(r"[\d.]+|[\da-f:.]*:[\da-f:.]*", host):
+        return Refused(f"{host[:80]!r} is not a name of this process, only "
+                       f"{', '.join(sorted(names))}: start it with --host and that name, or use "
+                       "its number", 403)
+    given = Authorization.from_header(authorization)  # Basic is what a browser sends
+    given = given and (given.token or given.password) or ""
+    if token and not hmac.compare_digest(token.encode(), given.encode()):
+        return Refused("expected the header Authorization: Bearer TOKEN, as in --token-file", 401)
+    return None
+
+
+def names_of(host):
+    names = {"localhost", host.lower(), socket.gethostname().lower()}
+    return names if host in LOOPBACK else names | {socket.getfqdn().lower()}
 
 
 def make_app(process, status, args):
-    """A Flask app that answers every error as JSON, and GET /status with what status() returns: a dict.
-
-    It answers only requests whose Host is a number or one of this machine's names, which a page that reaches it by DNS
-    rebinding cannot have. (Flask's TRUSTED_HOSTS knows no "any number", which --host 0.0.0.0 needs.)
-    """
+    """A Flask app that answers every error as JSON, and GET /status with what status() returns: a
+    dict."""
     app = flask.Flask(process, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"], app.json.sort_keys = MAX_BODY, False
-    token, names = args.token, {name.lower() for name in ("localhost", args.host, socket.gethostname())}
+    names = names_of(args.host)
 
     @app.before_request
     def check():
-        host = urlsplit(f"//{flask.request.host}").hostname or ""
-        if host not in names and not re.fullmatch(r"[\d.]+|[\da-f:.]*:[\da-f:.]*", host):
-            raise Refused(f"Host {host[:80]!r} is not one of this process's: {', '.join(sorted(names))} or a number", 403)
-        if token:
-            given = flask.request.authorization  # a browser asks for a password, and sends Basic
-            given = given and (given.token or given.password) or ""
-            if not hmac.compare_digest(token.encode(), given.encode()):
-                raise Refused("expected the header Authorization: Bearer TOKEN, with the token of --token-file", 401)
+        headers = flask.request.headers
+        if refused := refusal(flask.request.host, headers.get("Authorization"), names, args.token):
+            raise refused
         if flask.request.method == "POST" and flask.request.mimetype != "application/json":
-            raise Refused("expected Content-Type: application/json", 415)
+            raise Refused("expected Content-Type: application/json (curl -H 'Content-Type: "
+                          "application/json')", 415)
 
     @app.errorhandler(Exception)
     def answer_error(error):
         if isinstance(error, (Malformed, FloatingPointError)):
             return {"error": str(error)}, 400 if isinstance(error, Malformed) else 409
+        if isinstance(error, NoAnswer):  # of a process that this one asked
+            return {"error": str(error)}, 503
         if isinstance(error, Refused):
-            return {"error": str(error)}, error.status, {"WWW-Authenticate": "Basic"} if error.status == 401 else {}
+            login = {"WWW-Authenticate": "Basic"} if error.status == 401 else {}
+            return {"error": str(error)}, error.status, login
         if isinstance(error, HTTPException):
             return {"error": f"{error.name}: {error.description}"}, error.code
         app.logger.error("internal error", exc_info=error)
@@ -123,104 +191,70 @@ def make_app(process, status, args):
 
     @app.get("/status")
     def get_status():
-        return {"process": process, **status()}
+        numbers = {"process": process, "ids": [ID], **status()}
+        return {name: value if value == value else None for name, value in numbers.items()}  # NaN
 
     return app
 
 
 def message(kind, **widths):
     """The fields of the request that is being answered, which must be a `kind`."""
-    return decode(flask.request.get_data(cache=False), kind, **widths)
+    body = flask.request.get_data(cache=False)
+    flask.g.values = b'"values"' in body  # whoever spells out arrays gets them spelled out
+    return decode(body, kind, **widths)
 
 
 def as_json(body):
     return flask.Response(body, mimetype="application/json")
 
 
-def serve(app, args):
-    """Answer requests in threads of their own until the process ends. OSError when the port is taken.
-
-    Of requests, four are worked on at a time, each of at most MAX_BODY bytes; others wait in waitress, at most a
-    thousand. A connection over which nothing comes for 30 s is closed.
-    """
+def listen(args):
+    """The socket on which serve() will answer. OSError when the port is taken."""
     try:
-        server = waitress.create_server(app, host=args.host, port=args.port, threads=4, ident=None, channel_timeout=30,
-                                        connection_limit=1000, asyncore_use_poll=True,
-                                        max_request_body_size=MAX_BODY + 2**20)  # a little more, for Flask to say so
+        found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
+        family, *_, address = min(found)  # IPv4 first
+        return socket.create_server(address, family=family, backlog=1024)
     except OSError as error:
-        raise OSError(f"cannot listen on {args.host}:{args.port}: {error.strerror}; --port chooses another port") from None
-    if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"warning: anyone who reaches {args.host}:{args.port} can read and change this training; see --token-file",
-              file=sys.stderr)
+        raise OSError(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Is another run "
+                      "still going? Stop it, or choose another --port") from None
+
+
+def serve(app, listener, args):
+    """Answer requests in threads of their own until the process ends.
+
+    THREADS requests are worked on at a time, of at most MAX_BODY bytes. CONNECTIONS are open at a
+    time; one over which nothing comes for 30 s is closed. The body of a request that will be
+    refused for its host or token is not read.
+    """
+    names = names_of(args.host)
+
+    class Parser(HTTPRequestParser):
+        def parse_header(self, header):
+            super().parse_header(header)
+            given = self.headers.get("HOST", ""), self.headers.get("AUTHORIZATION")
+            if refusal(*given, names, args.token):
+                self.body_rcv, self.content_length, self.connection_close = None, 0, True
+                self.headers.pop("CONTENT_LENGTH", None)
+
+    class Channel(HTTPChannel):
+        parser_class = Parser
+
+    server = waitress.create_server(
+        app, sockets=[listener], threads=THREADS, ident=None, channel_timeout=30,
+        asyncore_use_poll=True, connection_limit=CONNECTIONS,
+        max_request_body_size=MAX_BODY + 2**20)  # a little more, so that Flask answers 413
+    server.channel_class = Channel
+    if not args.token and args.host not in LOOPBACK:
+        say(f"warning: anyone who reaches {args.host}:{args.port} can read and change this "
+            "training; see --token-file")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     threading.Thread(target=server.run, daemon=True).start()
 
 
-def argument_parser(doc, port, **defaults):
-    """The options that all processes have, and those of `defaults` that the trainers share, with these defaults."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)  # plumbing.launch reads some of these, too
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=number(int, 1, 65535), default=port, help="port to listen on (%(default)s)")
-    add("--token-file", type=Path, help="file with a secret that all processes share and insist on")
-    shared = {
-        "layers": dict(type=number(int, 1), nargs="+", help="this part's widths (%(default)s)"),
-        "learning_rate": dict(type=number(float, 1e-12, 1e6), help="at the start (%(default)s)"),
-        "momentum": dict(type=number(float, 0, 1), help="%(default)s"),
-        "decay": dict(type=number(float, 1), help="updates until the learning rate has halved (%(default)s)"),
-        "batch_size": dict(type=number(int, 1), help="examples per minibatch (%(default)s)"),
-        "seed": dict(type=number(int, 0), help="of the random numbers (%(default)s)"),
-        "keep": dict(type=number(int, 1), help="newest examples to train over, and bound of the queues (%(default)s)"),
-        "replay": dict(type=number(float, 0), help="how often to draw each example that has arrived, to train on it again,"
-                       " before waiting for news (%(default)s)"),
-        "oracle_server": dict(help="where the oracle is (%(default)s)"),
-        "output_server": dict(help="where the output trainer is (%(default)s)"),
-        "resume": dict(action="store_true", help="go on from the checkpoint in --progress-dir, if there is one"),
-        "progress_dir": dict(help="folder that is written to (%(default)s)")}
-    for name, default in defaults.items():
-        add(f"--{name.replace('_', '-')}", default=default, **shared[name])
-    return parser
-
-
-def number(kind, least, most=math.inf):
-    """For argparse: a finite number within bounds."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: expected " + (
-                f"at least {least}" if most == math.inf else f"from {least} to {most}"))
-        return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
-
-
-def read_token(path):
-    """The shared secret in a file; ValueError unless a bearer header can carry it (RFC 6750)."""
-    token = path.read_text().strip()
-    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
-        raise ValueError(f"{path}: expected a secret of letters, digits and . _ ~ + / -, and nothing else")
-    return token
-
-
 def run(main, parser):
-    """Parse, run main(args, stop), and exit: 0, 130 after Ctrl-C, 1 or 2 with one line about what diverged or was wrong."""
-    args = parser.parse_args()
-    layers, batch_size = getattr(args, "layers", [1, 1]), getattr(args, "batch_size", 1)
-    if len(layers) < 2:
-        parser.error("--layers takes two or more widths")
-    if batch_size > (most := rows_per_message(2 * max(layers) + 1)):
-        parser.error(f"--batch-size must be at most {most}: a minibatch must fit into a message")
-    stop = Stop()
-    try:
-        token = read_token(args.token_file) if args.token_file else None
-        main(argparse.Namespace(**vars(args), token=token), stop)
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    except (ValueError, OSError, Refused) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except Stopped:
-        pass
-    except KeyboardInterrupt:
-        stop.exit_code = 130
+    """Parse, run main(args, stop), and exit with 0, with 130 after Ctrl-C, or as one_line_errors()
+    does."""
+    args, stop = options.parse(parser), Stop()
+    with options.one_line_errors(parser), contextlib.suppress(Stopped):
+        main(args, stop)
     sys.exit(stop.exit_code)

@@ -1,0 +1,283 @@
+"""What asynchrony adds to SGD: fire-and-forget, arrivals, replay, and gradients with bounded
+staleness.
+
+    Outbox            below, above   what is thrown at another process without waiting for it
+    Arrivals          above          what to train on next: the newest arrival first, else replay
+    Replay            above, oracle  the newest examples, and how often each may be trained on
+    BoundedStaleness  below          asks for a gradient, and waits while the answer is too old
+
+"below" and "above" are the parts of the network below and above a cut. None of these classes knows
+how a message travels: examples/in_process.py connects them by plain function calls, the trainers by
+HTTP. The columns of a minibatch are i, h, y and clock, see synthgrad.py.
+"""
+import collections
+import threading
+import time
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from plumbing.wire import NoAnswer
+from sgd import descend
+
+THROW_AGAIN = 0.5  # seconds between two times that minibatches are thrown again
+BACKLOG = 400      # examples that may wait to be trained on
+
+
+class Part:
+    """A part of the network. The training loop alone writes to it; other threads call weights()."""
+
+    def __init__(self, layers, updates=0):
+        self.layers, self.updates, self.lock = layers, updates, threading.Lock()
+
+    def descend(self, learning_rate, momentum):
+        with self.lock:  # so that nobody reads half an update, or its weights with another's number
+            descend(self.layers, learning_rate, momentum)
+            self.updates += 1
+
+    def weights(self):
+        """[(w, b), ...], copied, and how many updates made them."""
+        with self.lock:
+            return [(layer.w.copy(), layer.b.copy()) for layer in self.layers], self.updates
+
+
+class Outbox:
+    """What has been thrown at another process: fire-and-forget, so nobody waits for it to be
+    posted.
+
+    The queue holds at most `max_rows` examples; beyond that the oldest are dropped. What cannot be
+    delivered is dropped too. thrown = sent + dropped + what waits or is on its way. A thread of its
+    own takes messages of at most `per_message` examples from here, see plumbing/posting.py.
+    """
+
+    def __init__(self, max_rows, per_message):
+        self.max_rows, self.per_message = max_rows, per_message
+        self.queue, self.kept = collections.deque(), collections.deque()  # kept: to throw again
+        self.changed, self.closing = threading.Condition(), False
+        self.thrown = self.sent = self.dropped = 0
+
+    def throw(self, *columns):
+        """columns: i, h, y, clock, and g where it is known. They must not be written to any
+        more."""
+        with self.changed:
+            self._append(columns)
+            self.kept.append(columns)
+            self._trim(self.kept)
+
+    def throw_again(self, after):
+        """Throw once more what is newer than the clock `after`, or all that is kept if it is
+        None."""
+        with self.changed:
+            waiting = {id(columns) for columns in self.queue}
+            for columns in self.kept:
+                if id(columns) not in waiting and (after is None or columns[3].max() > after):
+                    self._append(columns)
+
+    def _append(self, columns):
+        self.queue.append(columns)
+        self.thrown += len(columns[0])
+        self.dropped += self._trim(self.queue)
+        self.changed.notify()
+
+    def _trim(self, minibatches):
+        excess, removed = sum(len(each[0]) for each in minibatches) - self.max_rows, 0
+        while removed < excess and len(minibatches) > 1:
+            removed += len(minibatches.popleft()[0])
+        return removed
+
+    def next_message(self):
+        """Waits for minibatches and takes the oldest ones: as many as fit into a message, at least
+        one.
+
+        Returns its columns; None when the outbox is closed and empty.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.queue or self.closing)
+            taken, rows = [], 0
+            while self.queue and (not taken or rows + len(self.queue[0][0]) <= self.per_message):
+                taken.append(self.queue.popleft())
+                rows += len(taken[-1][0])
+        return [np.concatenate(column) for column in zip(*taken, strict=True)] or None
+
+    def count(self, rows, delivered):
+        with self.changed:
+            self.sent += rows * delivered
+            self.dropped += rows * (not delivered)
+
+    def counters(self):
+        with self.changed:
+            return {"thrown": self.thrown, "sent": self.sent, "dropped": self.dropped}
+
+
+class Replay:
+    """The newest `keep` examples, each to be drawn about `replay` times and then no more.
+
+    Each example that arrives allows `replay` draws of any stored example, and at most `replay`
+    draws per stored example are saved up. So training stops soon after news stops, and does not
+    overfit. What is thrown again is recognised and counts once. Servers' threads add, the training
+    loop draws.
+    """
+
+    def __init__(self, keep, replay):
+        self.keep, self.replay, self.changed = keep, replay, threading.Condition()
+        self.columns, self.received, self.drawn, self.allowed = None, 0, 0, 0.0
+        self.seen = {}  # (i, clock, first activation) of the newest `keep` examples, oldest first
+
+    def is_new(self, i, h, clock):
+        """(batch,) bool. A resumed run computes the same i and clock again, but another h: it is
+        new."""
+        with self.changed:
+            keys = list(zip(i.tolist(), clock.tolist(), h[:, 0].tolist(), strict=True))
+            new = np.array([key not in self.seen for key in keys])
+            self.seen.update(dict.fromkeys(keys))
+            for key in list(self.seen)[:-self.keep] if len(self.seen) > self.keep + 10_000 else ():
+                del self.seen[key]
+            return new
+
+    def add(self, *columns):
+        """columns: arrays of one row per example, the newest last, always of the same widths."""
+        n = len(columns[0])
+        with self.changed:
+            if self.columns is None:
+                self.columns = [np.empty((self.keep, *each.shape[1:]), each.dtype)
+                                for each in columns]
+            slots = np.arange(self.received, self.received + n)[-self.keep:] % self.keep
+            for stored, column in zip(self.columns, columns, strict=True):
+                stored[slots] = column[-self.keep:]
+            self.received += n
+            self.allowed = min(self.allowed + self.replay * n, self.replay * self.keep)
+            self.changed.notify()
+
+    def draw(self, count, rng, seconds=0):
+        """`count` rows of each column, with replacement, the newest of them first. None if so many
+        are not allowed within so many seconds."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.allowed >= count, seconds):
+                return None
+            self.allowed -= count
+            self.drawn += count
+            ages = rng.integers(min(self.received, self.keep), size=count)
+            newest = ages.argmin()
+            ages[0], ages[newest] = ages[newest], ages[0]
+            rows = (self.received - 1 - ages) % self.keep
+            # mode="clip" makes take() twice as fast as columns[rows]
+            return [stored.take(rows, axis=0, mode="clip") for stored in self.columns]
+
+    def counters(self):
+        with self.changed:
+            return {"received": self.received, "stored": min(self.received, self.keep),
+                    "drawn": self.drawn}
+
+
+class Minibatch(NamedTuple):
+    """What a part above trains on. tell(g) passes its gradient on; None where h is replayed."""
+    i: np.ndarray
+    h: np.ndarray
+    y: np.ndarray
+    tell: object = None
+
+
+class Arrivals:
+    """The minibatches that a part above trains on, in a loop: the newest arrival first, else
+    replay.
+
+    At most `backlog` examples wait, or two minibatches. Beyond that the oldest minibatch is
+    skipped: it stays in the replay set only. Gradients at replayed activations are not passed on.
+    Those come from layers that have changed since, and an oracle that learned from them would
+    mislead the present ones.
+    """
+
+    def __init__(self, replay, batch_size, rng, backlog=BACKLOG):
+        self.replay, self.batch_size, self.rng = replay, batch_size, rng
+        self.backlog = max(backlog, 2 * batch_size)
+        self.waiting, self.questions, self.skipped = collections.deque(), collections.deque(), 0
+        self.changed = replay.changed
+
+    def add(self, i, h, y, clock, tell, again):
+        """In a server's thread. tell(i, h, y, clock, g) passes gradients on. again(after) is called
+        where examples have come before: their gradients may have been lost on the way."""
+        new = self.replay.is_new(i, h, clock)
+        if not new.all():
+            again(int(clock[~new].min()) - 1)
+            i, h, y, clock = (column[new] for column in (i, h, y, clock))
+        for k in range(0, len(i), self.batch_size):
+            columns = [column[k:k + self.batch_size] for column in (i, h, y, clock)]
+            with self.changed:
+                self.waiting.append(Minibatch(*columns[:3], partial(tell, *columns)))
+                while len(self.waiting) > 2 and sum(len(w.h) for w in self.waiting) > self.backlog:
+                    self.waiting.popleft()
+                    self.skipped += 1
+                self.replay.add(*columns[1:3])
+
+    def add_question(self, h, y, tell):
+        """In a server's thread, which waits for tell(g). Questions come first and none is
+        skipped."""
+        with self.changed:
+            self.questions.append(Minibatch(np.arange(len(h)), h, y, tell))
+            self.replay.add(h, y)
+
+    def next(self, seconds=0):
+        """The next minibatch, or None if there is none within so many seconds."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.questions or self.waiting
+                                  or self.replay.allowed >= self.batch_size, seconds)
+            if self.questions or self.waiting:
+                return self.questions.popleft() if self.questions else self.waiting.pop()
+            drawn = self.replay.draw(self.batch_size, self.rng)
+            return Minibatch(None, *drawn) if drawn else None
+
+
+class BoundedStaleness:
+    """Gradients that are at most `bound` updates old; otherwise the part waits (Ho et al. 2013, eq.
+    1).
+
+    answer(i, h, y, clock) -> g (batch, width), and `learned`, the clock of what g was learned from.
+    Staleness is clock − learned. An oracle that has learned nothing yet answers zeros and None;
+    their staleness counts from the first of them. So does that of an answer from a later clock than
+    this one, which a part that was resumed from an older checkpoint gets. wait(ask) calls ask()
+    until it no longer raises NoAnswer. Meanwhile ask() has minibatches thrown again, which may have
+    been lost.
+    """
+
+    def __init__(self, answer, bound, wait, throw_again):
+        self.answer, self.bound, self.wait, self.throw_again = answer, bound, wait, throw_again
+        self.learned, self.first_seen = object(), 0   # the last answer's, and when it first came
+        self.thrown_at = 0.0                          # seconds, of time.monotonic()
+        self.waits, self.waited = 0, 0.0              # a count; seconds
+        self.recent = collections.deque(maxlen=1000)  # staleness, and seconds to answer
+
+    def __call__(self, i, h, y, clock):
+        """h (batch, width), y (batch, k) -> g (batch, width)."""
+        began = time.perf_counter()
+        g = self.wait(partial(self.ask, i, h, y, clock))
+        waited = time.perf_counter() - began - self.recent[-1][1]
+        if waited > 0.001:
+            self.waits, self.waited = self.waits + 1, self.waited + waited
+        return g
+
+    def ask(self, i, h, y, clock):
+        """Raises NoAnswer if the gradient is too old."""
+        asked = time.perf_counter()
+        g, learned = self.answer(i, h, y, clock)
+        if learned != self.learned:
+            self.learned, self.first_seen = learned, clock
+        staleness = clock - (self.first_seen if learned is None or learned > clock else learned)
+        if staleness > self.bound:
+            if time.monotonic() - self.thrown_at > THROW_AGAIN:
+                self.thrown_at = time.monotonic()
+                self.throw_again(learned)
+            news = "none" if learned is None else f"the newest is of update {learned}"
+            raise NoAnswer(f"true gradients that reached it: {news}; this part has made {clock} "
+                           f"updates, --staleness is {self.bound}; is the part above running?")
+        self.recent.append((staleness, time.perf_counter() - asked))
+        return g
+
+    def status(self):
+        staleness, seconds = np.array(list(self.recent) or [(np.nan, np.nan)]).T
+        milliseconds = 1e3 * seconds
+        return {"staleness": float(np.median(staleness)),
+                "staleness_p95": float(np.percentile(staleness, 95)),
+                "latency_ms": float(np.median(milliseconds)),
+                "latency_ms_p95": float(np.percentile(milliseconds, 95)),
+                "waits": self.waits, "waited": self.waited}

@@ -1,0 +1,206 @@
+"""The two ends of a link, over HTTP: where the algorithm meets the protocol.
+
+A link joins two neighbouring parts of the network and an oracle. Activations go up, true gradients
+go to the oracle, guesses come down. train_input.py has a LowerEnd, train_output.py an UpperEnd, and
+train_middle.py one of each. What they do at each end is exchange.py's; this file connects it to
+synthgrad.py's messages.
+"""
+import collections
+import concurrent.futures
+import threading
+import time
+
+import flask
+import numpy as np
+
+from exchange import Arrivals, BoundedStaleness, Outbox, Replay
+from plumbing import runs, say, serving
+from plumbing.posting import Poster
+from plumbing.wire import NoAnswer, Refused, encode, rows_per_message
+from synthgrad import Examples, OracleClient, PartClient, Question, encode_weights
+
+class LowerEnd:
+    """The lower end of a link: what a part needs of the part and the oracle above it.
+
+    delayed_answer(i, h, y, clock) takes the oracle's place with --gradients delayed.
+    """
+
+    def __init__(self, args, stop, delayed_answer=None):
+        self.args, self.stop, self.width = args, stop, args.layers[-1]
+        self.oracle = OracleClient(args.oracle_server, args.token)
+        self.above, thrower = (PartClient(args.output_server, args.token) for _ in range(2))
+        self.name = f"the part above at {self.above.url}"
+        self.outbox = Outbox(min(4 * args.staleness * args.batch_size, 20_000), per_message=1)
+        self.poster = Poster(self.outbox, thrower.training_examples, self.name)
+        self.bounded = BoundedStaleness(
+            delayed_answer or self.ask_oracle, args.staleness,
+            self.from_above if delayed_answer else self.from_oracle, self.outbox.throw_again)
+        self.network = self.ids = ()  # widths and processes above the cut, once connected
+
+    def from_oracle(self, call):
+        return serving.until_answered(call, f"the oracle at {self.oracle.url}", self.stop,
+                                      self.args.patience)
+
+    def from_above(self, call):
+        return serving.until_answered(call, self.name, self.stop, self.args.patience)
+
+    def ask_oracle(self, i, h, y, clock):
+        return self.oracle.estimate_gradients(h, y)
+
+    def ask_above(self, i, h, y, clock):
+        return self.from_above(lambda: self.above.true_gradients(h, y))
+
+    def throw(self, i, h, y, clock):
+        if self.args.gradients != "true":  # there the question brings them
+            self.outbox.throw(i, h, y, np.full(len(i), clock))
+
+    @property
+    def has_oracle(self):
+        return self.args.gradients not in ("true", "delayed")
+
+    def connect(self, new, k=None):
+        """Wait for the part and the oracle above, check that they fit, and unless this is a resumed
+        run that they are `new`, too. k is the width of y; a middle part learns it here."""
+        def complete():
+            status = self.above.status()
+            serving.check_partner(status, self.width, k, self.name)
+            if status.network is None:
+                raise NoAnswer("it is waiting for the part above it")
+            return status
+        above = self.from_above(complete)
+        self.network, self.ids = above.network, above.ids
+        k = k or self.network[-1]
+        serving.check_batch(self.args.batch_size, self.width, k)
+        self.outbox.per_message = rows_per_message(self.width + k)
+        partners = {self.name: above}
+        if self.has_oracle:
+            oracle, name = self.from_oracle(self.oracle.status), f"the oracle at {self.oracle.url}"
+            partners[name] = oracle
+            serving.check_partner(oracle, self.width, k, name)
+            ahead = self.args.staleness * self.args.batch_size
+            serving.check_needs(oracle, min(ahead, above.backlog))
+        if new:
+            serving.check_unused(partners)
+
+    def status(self):
+        return {"gradients": self.args.gradients, "bound": self.args.staleness,
+                "examples_sent": self.outbox.counters(), **self.bounded.status()}
+
+
+class UpperEnd:
+    """The upper end of a link: what a part does for the part below it.
+
+    It takes activations, trains on them in a loop, and throws the true gradients at the link's
+    oracle. Servers' threads call routes; everything else belongs to the training loop.
+    """
+
+    def __init__(self, args, part, rng, oracle_server):
+        self.args, self.part, self.k = args, part, None
+        self.arrivals = Arrivals(Replay(args.keep, args.replay), args.batch_size, rng)
+        oracle = OracleClient(oracle_server, args.token)
+        self.oracle_url = oracle.url
+        self.outbox = Outbox(max_rows=args.keep, per_message=1)
+        self.poster = Poster(self.outbox, oracle.provide_gradients, f"the oracle at {oracle.url}")
+        self.checkpoint, self.loss = runs.Checkpoint(args.progress_dir), None
+        self.answers, self.asking = collections.OrderedDict(), threading.Lock()
+        self.saved, self.saved_updates, self.reporter = time.monotonic(), 0, serving.Reporter()
+
+    def open(self, k):
+        """Take activations from now on: y is (batch, k)."""
+        serving.check_batch(self.args.batch_size, self.args.layers[0], k)
+        self.outbox.per_message = rows_per_message(2 * self.args.layers[0] + k)
+        self.k = k
+
+    def resume(self):
+        """Continue from the checkpoint if --resume is given, else put an earlier run's aside."""
+        if self.args.resume:
+            numbers = self.checkpoint.resume(self.part.layers)
+            self.part.updates = self.saved_updates = numbers.get("updates", 0)
+            self.loss = numbers.get("loss")
+        else:
+            self.checkpoint.put_aside()
+
+    def routes(self, app, weights_above):
+        """weights_above() -> [(w, b), ...] of all parts above this one, and each one's updates."""
+        def widths():
+            if self.k is None:
+                raise Refused("still waiting for the part above", 503)
+            return {"h": self.args.layers[0], "y": self.k}
+
+        @app.post("/training_examples")
+        def training_examples():
+            columns = serving.message(Examples, **widths())
+            self.arrivals.add(*columns, tell=self.outbox.throw, again=self.outbox.throw_again)
+            return {"accepted": len(columns[0])}
+
+        @app.post("/true_gradients")
+        def true_gradients():
+            gradients = self.locked_update(*serving.message(Question, **widths()))
+            return serving.as_json(encode(flask.g.values, gradients=gradients))
+
+        @app.get("/weights")
+        def get_weights():
+            widths()
+            (mine, updates), (theirs, their_updates) = self.part.weights(), weights_above()
+            return serving.as_json(encode_weights(mine + theirs, [updates, *their_updates]))
+
+    def locked_update(self, h, y, seconds=8):
+        """g at h, after one update there. A question that is asked again gets the same answer."""
+        question = h.tobytes(), y.tobytes()
+        with self.asking:
+            if question not in self.answers:
+                self.answers[question] = concurrent.futures.Future()
+                self.arrivals.add_question(h, y, self.answers[question].set_result)
+            answer = self.answers[question]
+            while len(self.answers) > 2 * serving.THREADS:  # more than can be asked at a time
+                self.answers.popitem(last=False)
+        try:
+            return answer.result(seconds)
+        except concurrent.futures.TimeoutError:
+            raise Refused(f"busy: the training loop took over {seconds} s", 503) from None
+
+    def minibatches(self, stop):
+        """What to train on, in a loop until `stop`; in between, checkpoints and a line now and
+        then."""
+        while not stop:
+            if minibatch := self.arrivals.next(seconds=0.2):
+                yield minibatch
+            if time.monotonic() - self.saved > self.args.checkpoint_seconds:
+                self.save()
+            self.reporter.now_and_then(self.part.updates, self.report)
+
+    def follow(self, losses, what):
+        """Run a train() generator to its end, with a checkpoint at the end whatever ends it."""
+        try:
+            with np.errstate(all="ignore"):
+                for value in map(float, losses):
+                    if not np.isfinite(value):
+                        raise FloatingPointError(f"{what} diverged; try a lower --learning-rate")
+                    old = value if self.loss is None else self.loss
+                    self.loss = old + 0.01 * (value - old)  # over the last hundred or so
+        except FloatingPointError:
+            self.saved_updates = self.part.updates  # keep the last checkpoint, from before
+            raise
+        finally:
+            self.save()
+            self.poster.close(timeout=5)
+
+    def save(self):
+        """A checkpoint, if there was an update. One that cannot be written is reported."""
+        self.saved = time.monotonic()
+        if self.part.updates != self.saved_updates:
+            try:
+                self.checkpoint.save(self.part.layers, updates=self.part.updates, loss=self.loss)
+                self.saved_updates = self.part.updates
+            except OSError as error:
+                say(f"no checkpoint: {error}; training goes on")
+
+    def report(self):
+        return (f"{self.arrivals.replay.counters()['received']:,} examples received, "
+                f"{self.part.updates:,} updates, {self.outbox.counters()['sent']:,} gradients sent")
+
+    def status(self):
+        return {"layers": self.args.layers, "updates": self.part.updates, "loss": self.loss,
+                "backlog": self.arrivals.backlog, "examples": self.arrivals.replay.counters(),
+                "waiting": len(self.arrivals.waiting), "skipped": self.arrivals.skipped,
+                "gradients": self.outbox.counters()}

@@ -1,0 +1,131 @@
+"""x.npy and y.npy: read, checked, described."""
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from plumbing.wire import MAX_MAGNITUDE
+
+WIDE = 20  # inputs or targets beyond ± this train badly
+
+
+class Data(NamedTuple):
+    """x (n, dim), y (n, k), and the held-out x_test and y_test, float32."""
+    x: np.ndarray
+    y: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+    @property
+    def score(self):
+        return "test_mse" if self.y.shape[1] == 1 else "test_error"
+
+    @property
+    def constant_guess(self):
+        """The score of always guessing the mean, or the commonest class."""
+        mean = self.y.mean(axis=0)
+        if self.y.shape[1] == 1:
+            return float(np.mean((self.y_test - mean) ** 2))
+        return float(np.mean(self.y_test.argmax(axis=1) != mean.argmax()))
+
+    @property
+    def digest(self):
+        """A number that tells one set of data from another."""
+        return zlib.crc32(self.y, zlib.crc32(self.x)) + len(self.x_test)
+
+
+def add_options(parser):
+    parser.add_argument("x", metavar="x.npy", help="inputs, (n, columns)")
+    parser.add_argument("y", metavar="y.npy",
+                        help="targets, (n,): numbers, or integers 0 … k − 1 that name classes")
+    parser.add_argument("--held-out", type=int, metavar="COUNT",
+                        help="examples at the end of the files, only tested on (5%% of them)")
+
+
+def load(x_path, y_path, held_out=None):
+    """The Data in two files. Integers in y.npy are class labels and become one-hot.
+
+    Raises ValueError or OSError that says what was wrong, what was expected, and how to get there.
+    """
+    x, y = read(x_path), read(y_path)
+    if y.shape == (len(y), 1):
+        y = y[:, 0]  # what many tools write
+    if x.ndim != 2 and len(x) == len(y):
+        cure = "x[:, None]" if x.ndim == 1 else "x.reshape(len(x), -1)"
+        raise ValueError(f"{x_path} has shape {x.shape}; expected (n, columns): save {cure}")
+    if x.ndim != 2 or y.shape != x.shape[:1] or len(x) < 20:
+        raise ValueError(f"{x_path} has shape {x.shape} and {y_path} {y.shape}; expected "
+                         "(n, columns) and (n,) with the same n, at least 20")
+    held_out = len(x) // 20 if held_out is None else held_out
+    if not 0 < held_out < len(x):
+        raise ValueError(f"--held-out must be from 1 to {len(x) - 1}, because {x_path} holds "
+                         f"{len(x)} examples")
+    x, y, split = x.astype(np.float32), targets(y, y_path).astype(np.float32), len(x) - held_out
+    return Data(x[:split], y[:split], x[split:], y[split:])
+
+
+def read(path):
+    """An array of finite numbers from an .npy file."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} not found: `python generate.py` makes x.npy and y.npy") from None
+    except OSError:
+        raise
+    except Exception:  # a damaged header raises whatever Python's tokenizer raises
+        array = None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiubUS":
+        raise ValueError(f"{path}: expected a NumPy .npy file that holds an array of numbers")
+    if array.dtype.kind in "US":
+        raise ValueError(f"{path} holds strings; expected numbers: save array.astype(float), or of "
+                         "class names np.unique(array, return_inverse=True)[1]")
+    if not array.ndim or not array.size:
+        raise ValueError(f"{path} has shape {array.shape}; expected at least 20 examples")
+    # min and max as Python numbers: |−2⁶³| overflows an int64, and a million overflows a float16
+    if not -MAX_MAGNITUDE <= array.min().item() <= array.max().item() <= MAX_MAGNITUDE:
+        raise ValueError(f"{path}: holds NaN, infinity or numbers beyond a million; expected "
+                         "smaller ones, near 1 at best")
+    return array
+
+
+def targets(y, path):
+    """y (n,) -> (n, 1) numbers, or (n, k) one-hot booleans where y holds integers."""
+    if y.dtype.kind == "f":
+        return y[:, None]
+    classes = np.unique(y)
+    if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
+        raise ValueError(
+            f"{path} holds integers from {classes[0]} to {classes[-1]}. Integers are class labels: "
+            "expected 0 … k − 1, each at least once. If they are labels, save "
+            "np.unique(y, return_inverse=True)[1]; if they are numbers, y.astype(float)")
+    return y[:, None] == classes
+
+
+def check_widths(data, dims, who):
+    """ValueError unless a network of the widths `dims` fits the data. `who` names the option."""
+    columns, k = data.x.shape[1], data.y.shape[1]
+    if dims[0] != columns:
+        cure = " ".join(map(str, [columns, *dims[1:]]))
+        raise ValueError(
+            f"{who} begins with {dims[0]}, but x has {columns} columns: --layers {cure}")
+    if dims[-1] != k:
+        means = "numbers" if k == 1 else f"labels of {k} classes"
+        raise ValueError(f"{who} ends with {dims[-1]}, but y holds {means}: it must end with {k}")
+
+
+def describe(data):
+    """What a person should know before a run, as lines of text."""
+    what = "the mean" if data.score == "test_mse" else "the commonest class"
+    lines = [f"{len(data.x):,} examples to train on, {len(data.x_test):,} held out; always "
+             f"guessing {what} would have a held-out {data.score[5:]} of {data.constant_guess:.4f}"]
+    highest = np.abs(data.x).max(axis=0)
+    if highest.max() > WIDE:
+        column = int(highest.argmax())
+        low, high = data.x[:, column].min(), data.x[:, column].max()
+        lines.append(f"warning: column {column} of x goes from {low:g} to {high:g}, and sigmoids "
+                     "saturate beyond a few units; save (x - x.mean(0)) / (x.std(0) + 1e-9)")
+    if data.score == "test_mse" and np.abs(data.y).max() > WIDE:
+        lines.append(f"warning: y goes from {data.y.min():g} to {data.y.max():g}, which makes "
+                     "gradients large; save (y - y.mean()) / y.std()")
+    return "\n".join(lines)

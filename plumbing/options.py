@@ -1,0 +1,94 @@
+"""Command-line options that several programs share, and errors as one line."""
+import argparse
+import contextlib
+import math
+import re
+import sys
+from pathlib import Path
+
+
+def number(kind, least, most=math.inf):
+    """For argparse: a finite number within bounds."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {bounds}")
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+SHARED = {
+    "host": dict(help="address to listen on (%(default)s)"),
+    "port": dict(type=number(int, 1, 65535), help="port to listen on (%(default)s)"),
+    "token_file": dict(type=Path, help="file with a secret that all processes share and ask for"),
+    "layers": dict(type=number(int, 1), nargs="+", help="widths (%(default)s)"),
+    "learning_rate": dict(type=number(float, 1e-12, 1e6), help="at the start (%(default)s)"),
+    "momentum": dict(type=number(float, 0, 1), help="(%(default)s)"),
+    "decay": dict(type=number(float, 1), help="updates until the learning rate has halved "
+                                              "(%(default)s)"),
+    "warm_up": dict(type=number(float, 0), help="updates until the full rate (%(default)s)"),
+    "batch_size": dict(type=number(int, 1), help="examples per minibatch (%(default)s)"),
+    "num_epochs": dict(type=number(int, 1), help="(%(default)s)"),
+    "seed": dict(type=number(int, 0), help="of the random numbers (%(default)s)"),
+    "keep": dict(type=number(int, 1), help="newest examples to train on (%(default)s)"),
+    "replay": dict(type=number(float, 0), help="how often each example is trained on again before "
+                                               "waiting for new ones (%(default)s)"),
+    "staleness": dict(type=number(int, 1), help="updates that this part may be ahead of the true "
+                                                "gradients that came back (%(default)s)"),
+    "patience": dict(type=number(float, 0), help="seconds to wait for a process (%(default)s)"),
+    "oracle_server": dict(help="where the oracle is (%(default)s)"),
+    "output_server": dict(help="where the part above is (%(default)s)"),
+    "progress_dir": dict(help="folder to write to (%(default)s)"),
+    "resume": dict(action="store_true", help="continue from the checkpoint in --progress-dir, if "
+                                             "there is one"),
+}
+
+
+def add(parser, **defaults):
+    """Add the options in SHARED that are named, with these defaults."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **SHARED[name])
+
+
+def make_parser(doc, port, **defaults):
+    """The parser of a process that others can reach. Options cannot be abbreviated, because
+    plumbing.launch reads some of them, too."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add(parser, host="127.0.0.1", port=port, token_file=None, **defaults)
+    return parser
+
+
+def parse(parser):
+    """The arguments, with `token`, the secret in --token-file or None."""
+    args = parser.parse_args()
+    if len(getattr(args, "layers", (1, 1))) < 2:
+        parser.error("--layers takes two or more widths")
+    with one_line_errors(parser):
+        token = read_token(args.token_file) if args.token_file else None
+    return argparse.Namespace(**vars(args), token=token)
+
+
+def read_token(path):
+    """The secret in a file. ValueError unless a bearer header can carry it (RFC 6750)."""
+    token = path.read_text().strip()
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
+        raise ValueError(f"{path}: expected a secret of letters, digits and . _ ~ + / -")
+    return token
+
+
+@contextlib.contextmanager
+def one_line_errors(parser):
+    """Exit with one line about what went wrong: code 1 if training diverged, 2 if something was
+    wrong, 130 after Ctrl-C."""
+    from plumbing.wire import Refused
+    try:
+        yield
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    except (ValueError, OSError, Refused) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
