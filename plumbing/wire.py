@@ -1,6 +1,7 @@
 """Arrays as JSON, messages as bytes, and a bare HTTP client. What the messages mean:
 synthgrad.py."""
 import base64
+import functools
 from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
@@ -112,30 +113,35 @@ def decode(body, kind, rows=None, **widths):
                         f"{', '.join(kind.__struct_fields__)}, where an array is like "
                         '{"shape": [2, 2], "values": [1, 2, 3, 4]}') from None
     fields = []
-    for field in msgspec.structs.fields(kind):
-        value = getattr(message, field.name)
+    for name, integers in _fields(kind):
+        value = getattr(message, name)
         if isinstance(value, Array):
-            value = _checked(value, field, rows, widths.get(field.name))
+            value = _checked(value, name, integers, rows, widths.get(name))
             rows = len(value)
         fields.append(value)
     return fields
 
 
-def _checked(value, field, rows, width):
-    integers = field.type == Integers
+@functools.cache
+def _fields(kind):
+    """The names of a message's fields, and whether each holds integers. Cached, because it is slow."""
+    return [(field.name, field.type == Integers) for field in msgspec.structs.fields(kind)]
+
+
+def _checked(value, name, integers, rows, width):
     try:
         value = json_to_ndarray(value, "int64" if integers else "float32")
     except Malformed as error:
         raise Malformed(f'{error}; expected like {{"shape": [2, 2], "values": [1, 2, 3, 4]}} - at '
-                        f"`$.{field.name}`") from None
+                        f"`$.{name}`") from None
     rows = len(value) if rows is None else rows
     wanted = (rows,) if value.ndim == 1 else (rows, value.shape[1] if width is None else width)
     if value.shape != wanted or not rows:
         raise Malformed(f"Expected shape {wanted}, at least one row, got {value.shape} - at "
-                        f"`$.{field.name}`")
+                        f"`$.{name}`")
     low, high = (0, MAX_INTEGER) if integers else (-MAX_MAGNITUDE, MAX_MAGNITUDE)
     if value.size and not (value.min() >= low and value.max() <= high):  # NaN fails both
-        raise Malformed(f"Expected finite numbers from {low:g} to {high:g} - at `$.{field.name}`")
+        raise Malformed(f"Expected finite numbers from {low:g} to {high:g} - at `$.{name}`")
     return value
 
 

@@ -1,0 +1,113 @@
+"""`make bench-delay`: guesses against true gradients that come late, in one process. An hour.
+
+When is a guess better than a true gradient that is `delay` updates old? On the default problem, cut
+after layer 1, and on one whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are noise.
+Each way has its best rate at each delay, of the same ones, found on a seed that is not reported and in
+half the updates. examples/in_process.py holds everything else still: the same options give the same
+numbers, on a busy machine, too. Writes benchmarks/bench-delay.md and .png.
+"""
+import argparse
+import itertools
+import json
+
+import numpy as np
+from tqdm import tqdm
+
+from examples import in_process
+from plot import STYLES, png
+from plumbing import data
+from tests.benchmarks.measure import DATA, KEPT, cell, noisy_data, table
+
+DELAYS = 6, 20, 50, 100, 200
+PROBLEMS = {  # name: columns, options, epochs of 1,900 updates
+    "default": (2, [], 6),
+    "deep": (10, ["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--replay", 4,
+                  "--warm-up", 300], 4)}
+ORACLES = {  # problem: hidden layers of a capable and of a small oracle
+    "default": ([64, 64], [12]), "deep": ([64], [])}
+RATES = {"default": ((0.4, 0.9), (1.0, 0.0), (3.0, 0.0), (6.0, 0.0)),
+         "deep": ((0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0))}
+WAYS = {  # name: --gradients, which oracle, whether it sees y
+    "true gradients, delayed": ("delayed", 0, False),
+    "guesses with labels": ("synthetic", 0, True),
+    "guesses with labels, small oracle": ("synthetic", 1, True),
+    "guesses": ("synthetic", 0, False)}
+SEARCH_SEED = 11
+
+
+def learn(problem, way, delay, rates, seed, epochs):
+    """The held-out MSE of one run: the median over its last three epochs, or the last. Kept on disk."""
+    kept = KEPT / "bench-delay" / f"{problem} {way} {delay} {rates} {seed} {epochs}.json".replace(
+        ",", "")
+    if kept.exists():
+        return json.loads(kept.read_text())
+    columns, options, _ = PROBLEMS[problem]
+    paths = DATA if columns == 2 else noisy_data(KEPT / "noisy")
+    kind, oracle, labels = WAYS[way]
+    words = [*paths, *options, "--gradients", kind, "--delay", delay, "--seed", seed,
+             "--learning-rate", rates[0], "--momentum", rates[1], "--num-epochs", epochs,
+             "--oracle-replay", 4, "--oracle-layers", *ORACLES[problem][oracle],
+             *["--condition-on-labels"] * labels]
+    args = in_process.make_parser().parse_args(list(map(str, words)))
+    with np.errstate(all="ignore"):
+        try:
+            scores = [score for _, score, *_ in in_process.run(args, data.load(*paths))]
+        except FloatingPointError:
+            scores = [np.inf]
+    reached = float(np.nan_to_num(np.median(scores[-3:] if epochs > 3 else scores[-1:]), nan=np.inf))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(reached))
+    return reached
+
+
+def draw(figure, results, problems):
+    """The final MSE against the delay, median and range, for each problem and way."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    for axes, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems,
+                             strict=True):
+        for (color, style), way in zip(STYLES, WAYS, strict=False):
+            found = {delay: values for (p, w, delay), (_, values) in results.items()
+                     if (p, w) == (problem, way)}
+            if not found:
+                continue
+            values = np.array(list(found.values()))
+            median = np.median(values, axis=1)
+            axes.errorbar(list(found), median, [median - values.min(1), values.max(1) - median],
+                          color=color, linestyle=style, marker="o", capsize=3, label=way)
+        axes.set(xlabel="delay of true gradients, updates", ylabel="held-out MSE", xscale="log",
+                 yscale="log", xticks=DELAYS, xticklabels=DELAYS, title={
+                     "default": "one layer below the cut: 2-24 | 24-12-1",
+                     "deep": "three below it: 10-64-64-64 | 64-64-1"}[problem])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}",
+                       minor_formatter="")
+        axes.grid(True, alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
+    parser.add_argument("--delays", type=int, nargs="+", default=DELAYS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    args = parser.parse_args()
+    cases, results = list(itertools.product(args.problems, args.ways, args.delays)), {}
+    for problem, way, delay in (bar := tqdm(cases, unit="case")):
+        bar.set_postfix_str(f"{problem}, {way}, {delay}")
+        epochs = PROBLEMS[problem][2]
+        found = {rates: learn(problem, way, delay, rates, SEARCH_SEED, epochs // 2)
+                 for rates in RATES[problem]}
+        best = min(found, key=found.get)
+        results[problem, way, delay] = best, [
+            learn(problem, way, delay, best, seed, epochs) for seed in range(args.seeds)]
+    table("bench-delay", ("network", "gradients", *(f"{delay} updates late" for delay in args.delays)), [
+        (problem, way, *(f"{cell(results[problem, way, delay][1])} at {results[problem, way, delay][0]}"
+                         for delay in args.delays))
+        for problem in args.problems for way in args.ways])
+    (KEPT / "bench-delay.png").write_bytes(png(draw, results, args.problems, size=(10, 4.8), dpi=110))
+
+
+if __name__ == "__main__":
+    main()
