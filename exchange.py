@@ -150,19 +150,17 @@ class Replay:
             self.changed.notify()
 
     def draw(self, count, rng, seconds=0):
-        """`count` rows of each column, with replacement, the newest of them first. None if so many
-        are not allowed within so many seconds."""
+        """`count` rows of each column, with replacement, and how many have arrived since each of them.
+        None if so many are not allowed within so many seconds."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.allowed >= count, seconds):
                 return None
             self.allowed -= count
             self.drawn += count
             ages = rng.integers(min(self.received, self.keep), size=count)
-            newest = ages.argmin()
-            ages[0], ages[newest] = ages[newest], ages[0]
             rows = (self.received - 1 - ages) % self.keep
             # mode="clip" makes take() twice as fast as columns[rows]
-            return [stored.take(rows, axis=0, mode="clip") for stored in self.columns]
+            return [*(each.take(rows, axis=0, mode="clip") for each in self.columns), ages]
 
     def counters(self):
         with self.changed:
@@ -225,7 +223,7 @@ class Arrivals:
             if self.questions or self.waiting:
                 return self.questions.popleft() if self.questions else self.waiting.pop()
             drawn = self.replay.draw(self.batch_size, self.rng)
-            return Minibatch(None, *drawn) if drawn else None
+            return Minibatch(None, *drawn[:2]) if drawn else None
 
 
 class BoundedStaleness:

@@ -14,6 +14,7 @@ for news until they are stopped.
 """
 import collections
 import time
+from pathlib import Path
 
 from plumbing import data, options, runs, say, serving  # first, see there
 import numpy as np
@@ -162,6 +163,7 @@ class Report:
         numbers = {**self.row, **self.counts, **self.link.bounded.status()}
         return {"layers": args.layers, "gradients": args.gradients, "state": self.state,
                 "score": self.data.score, "bound": args.staleness,
+                "progress_dir": str(Path(args.progress_dir).resolve()),
                 "total": args.num_epochs * len(self.data.x),
                 "examples_sent": self.link.outbox.counters(),
                 **numbers}

@@ -124,7 +124,7 @@ def decode(body, kind, rows=None, **widths):
 
 @functools.cache
 def _fields(kind):
-    """The names of a message's fields, and whether each holds integers. Cached, because it is slow."""
+    """The names of a message's fields, and whether each holds integers; cached, it is slow."""
     return [(field.name, field.type == Integers) for field in msgspec.structs.fields(kind)]
 
 
