@@ -150,7 +150,7 @@ class Replay:
             self.changed.notify()
 
     def draw(self, count, rng, seconds=0):
-        """`count` rows of each column, with replacement, and how many have arrived since each of them.
+        """`count` rows of each column, with replacement, and how many have arrived since each one.
         None if so many are not allowed within so many seconds."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.allowed >= count, seconds):

@@ -64,7 +64,7 @@ class Delayed:
 
     def __init__(self, layers, bound):
         self.layers, self.bound = layers, bound
-        self.memory = {}                     # clock -> i, (x, h) of each layer; bound + 1 at most
+        self.memory = {}                     # clock -> i, (x, h) of each layer, which rows are due
         self.returned = collections.deque()  # (clock, i, g); servers' threads add at the end
         self.learned = None                  # the newest clock of a gradient that was applied
 
@@ -75,20 +75,21 @@ class Delayed:
 
     def answer(self, i, h, y, clock):
         """For BoundedStaleness: g, and the newest clock that was applied."""
-        self.memory[clock] = i, [(layer.x, layer.h) for layer in self.layers]
+        remembered = [(layer.x, layer.h) for layer in self.layers]
+        self.memory[clock] = i, remembered, np.ones(len(i), bool)
         self.memory.pop(clock - self.bound - 1, None)
-        g = np.zeros_like(h)
         while self.returned:
             (then, *_), its_i, its_g = self.returned.popleft()
-            if then in self.memory:
-                remembered_i, remembered = self.memory[then]
+            i_then, remembered, due = self.memory.get(then, (its_i, [], np.zeros(len(its_i), bool)))
+            _, rows, theirs = np.intersect1d(i_then, its_i, return_indices=True)
+            if due[rows].any():  # what comes twice is applied once
                 for layer, (x, activations) in zip(self.layers, remembered, strict=True):
                     layer.x, layer.h = x, activations
                 g = np.zeros_like(layer.h)
-                g[[np.flatnonzero(remembered_i == each)[0] for each in its_i]] = its_g
-                self.learned = max(int(then), self.learned or 0)
-                break
-        return g, self.learned
+                g[rows] = its_g[theirs] * due[rows, None]
+                due[rows], self.learned = False, max(int(then), self.learned or 0)
+                return g, self.learned
+        return np.zeros_like(h), self.learned
 
 
 def gradient_source(kind, guess, truth, rng):

@@ -6,7 +6,7 @@ To the part below it, it is what train_output.py is: it takes activations, and t
 that its backprop gives at the lower link's oracle. To the part above, it is what train_input.py is:
 it throws its own activations, and asks the upper link's oracle for a guess. So what it tells the
 lower oracle is not the true gradient but comes from a guess, too: bootstrapped, as in the paper's
-networks with a synthetic gradient at every layer (section 2.2).
+networks with a synthetic gradient at every layer (section 2.1).
 """
 
 from plumbing import options, runs, say, serving  # first, see there
