@@ -101,7 +101,7 @@ def draw_guess(figure, _, row, probe):
     figure.colorbar(filled, ax=axes, location="bottom", label="gradient $dL/dh$ of an example",
                     ticks=limit * LEVELS[::5], aspect=50, shrink=0.7, format="{x:.2g}")
     figure.suptitle(rf"{progress_of(row)}: true gradient $g$, guess $\hat{{g}}$,"
-                    f"\ncosine of these units together {cosine(g, guess):.2f}", fontsize=10)
+                    f"\ncosine over these units {cosine(g, guess):.2f}", fontsize=10)
 
 
 def log_ticks(ax):
@@ -208,7 +208,7 @@ def draw_run(folder, out):
 
 
 def draw_live(folder, kind, tall):
-    """The bytes of a PNG file of the "curves" or of one of KINDS, or None if there are no guesses."""
+    """The "curves" or one of KINDS as a PNG file's bytes. None where there are no guesses."""
     *_, wide_size, tall_size, _ = KINDS.get(kind, (None, (8, 6), (4, 10), None))
     size = tall_size if tall else wide_size
     try:

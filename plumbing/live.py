@@ -66,11 +66,13 @@ def sentence(statuses, run):
         return ("Nothing is trained: the input trainer does not answer. Start it, or see its "
                 "terminal.", False)
     state, total, examples = (trainer.get(name) for name in ("state", "total", "examples"))
-    if absent and not str(state).startswith("training is"):
+    if str(state).startswith("training is"):  # finished, or stopped: nobody is waited for
+        return state, True
+    if any(not name.startswith("process at") for name in absent):
         return f"Nothing is trained. Unreachable, and waited for: {', '.join(absent)}", False
-    if not all(isinstance(number, (int, float)) for number in (total, examples)) or total <= 0:
-        return str(state), True
-    return f"{state}: {examples / total:.0%} of {total:,} examples", True
+    if all(isinstance(number, (int, float)) for number in (total, examples)) and total > 0:
+        state = f"{state}: {examples / total:.0%} of {total:,} examples"
+    return (f"{state}; unreachable: {', '.join(absent)}", False) if absent else (str(state), True)
 
 
 def other_folder(statuses, folder):
