@@ -397,9 +397,9 @@ def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong
 
 @pytest.mark.processes
 def test_the_live_page_says_that_training_is_finished(browser, page, tmp_path, small_data):
-    with Three(tmp_path, input=[*small_data, "--num-epochs", 20]) as three:
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 5]) as three:
         three.start()
         browser.get(page(three))
-        assert three.wait_for_input(60) == 0
+        assert three.wait_for_input(120) == 0
         wait_until(lambda: "training is finished" in browser.find_element("id", "state").text,
                    "the page to say so")
