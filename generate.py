@@ -5,21 +5,20 @@
     python generate.py --digits FILE.npz    # from a file in the form of Keras' mnist.npz
 
 x.npy holds the inputs, (n, 2) or (n, 784) float32; y.npy the target at each of them, (n,): float32
-numbers, or int64 classes. The function has no significance: it is smooth enough to learn and lumpy
-enough that a network must work for it. train_input.py and sgd.py read these two files; plot.py
-calls target() to draw the right answer.
+numbers, or int64 classes. The function has no meaning of its own: it is smooth enough to learn, and
+has enough hills that learning it takes a while. train_input.py and sgd.py read these two files;
+plot.py calls target() to draw the function beside what was learned.
 """
 import argparse
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 
 def target(x):
-    """The function to be learned, at the points x: (..., 2) -> (...). Its variance on the square is
-    about 0.161."""
+    """The function to be learned, at the points x: (..., 2) -> (...). Its variance over the square
+    is about 0.161."""
     r = np.hypot(x[..., 0], x[..., 1])
     theta = np.arctan2(x[..., 1], x[..., 0])
     k = 0.3 * (np.sin(theta) + 1)
@@ -36,8 +35,8 @@ def sample(num_examples, seed):
 
 
 def digits(path):
-    """MNIST: x (n, 784) float32 from 0 to 1, y (n,) int64, and how many at the end are its own test
-    set.
+    """MNIST: x (n, 784) float32 from 0 to 1, y (n,) int64, and how many of the last examples are
+    its own test set.
 
     ValueError if Keras cannot download it, or if the file is not in its form.
     """
@@ -46,16 +45,20 @@ def digits(path):
         try:
             with np.load(path, allow_pickle=False) as file:
                 x, y, x_test, y_test = (file[name] for name in names)
-        except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: expected an .npz file of {', '.join(names)} ({error})") from None
+        except OSError:
+            raise
+        except Exception as error:  # a damaged header raises whatever Python's tokenizer raises
+            raise ValueError(f"{path}: expected an .npz file of {', '.join(names)} "
+                             f"({error})") from None
     else:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from keras.datasets import mnist
         try:
             (x, y), (x_test, y_test) = mnist.load_data()
         except Exception as error:  # whatever the downloader raises
-            raise ValueError("MNIST cannot be downloaded here; --digits FILE.npz takes it from a file in the form of "
-                             f"Keras' mnist.npz ({str(error).splitlines()[0][:100]})") from None
+            reason = f"{error} ".splitlines()[0][:100]
+            raise ValueError("MNIST cannot be downloaded here; --digits FILE.npz takes it from a "
+                             f"file in the form of Keras' mnist.npz ({reason})") from None
     x = np.concatenate([x, x_test]).reshape(-1, x[0].size).astype(np.float32) / 255
     return x, np.concatenate([y, y_test]).astype(np.int64), len(x_test)
 
@@ -65,25 +68,30 @@ def draw_target(figure):
     axis = np.linspace(-1, 1, 300)
     z = target(np.stack(np.meshgrid(axis, axis), axis=-1))
     axes = figure.subplots()
-    contours = axes.contourf(axis, axis, z, levels=np.linspace(-1, 1, 21), cmap="cividis", extend="both")
-    figure.colorbar(contours, label="target z")
-    axes.set(title="The function to learn", xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xticks=(-1, -0.5, 0, 0.5, 1))
+    levels = np.linspace(-1, 1, 21)
+    contours = axes.contourf(axis, axis, z, levels=levels, cmap="cividis", extend="both")
+    figure.colorbar(contours, label="target")
+    axes.set(title="The function to learn", xlabel="$x_1$", ylabel="$x_2$", aspect="equal",
+             xticks=(-1, -0.5, 0, 0.5, 1))
 
 
 def draw_digits(figure, x, y):
-    """The first digits, under their labels."""
-    for axes, image, label in zip(figure.subplots(4, 6).flat, x, y):
+    """The first 24 digits, under their labels."""
+    for axes, image, label in zip(figure.subplots(4, 6).flat, x, y, strict=False):
         axes.imshow(image.reshape(28, 28), cmap="gray_r")
         axes.set_title(label, fontsize=9)
         axes.axis("off")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-examples", type=int, default=200_000, help="how many points to draw (%(default)s)")
-    parser.add_argument("--digits", nargs="?", const="", metavar="FILE.npz", help="MNIST instead: downloaded, or from a file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
-    parser.add_argument("--dir", type=Path, default=Path("."), help="where to write (the current folder)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--num-examples", type=int, default=200_000, help="how many points to draw (%(default)s)")
+    add("--digits", nargs="?", const="", metavar="FILE.npz",
+        help="MNIST instead: downloaded, or from a file")
+    add("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
+    add("--dir", type=Path, default=Path("."), help="where to write (the current folder)")
     args = parser.parse_args()
     if args.num_examples < 1 or args.seed < 0:
         parser.error("--num-examples must be at least 1 and --seed at least 0")
@@ -97,13 +105,14 @@ def main():
         else:
             x, y, held_out = digits(args.digits)
             draw_digits(figure, x, y)
-            about = f"MNIST's own test set is the last ones: train with --held-out {held_out}"
+            about = f"MNIST's own test set comes last: train with --held-out {held_out}"
         np.save(args.dir / "x.npy", x)
         np.save(args.dir / "y.npy", y)
         figure.savefig(args.dir / "target.png", dpi=110)
     except (OSError, ValueError) as error:
         parser.exit(2, f"generate.py: {error}\n")
-    print(f"{len(x)} examples, {about}: {args.dir / 'x.npy'}, {args.dir / 'y.npy'}, {args.dir / 'target.png'}")
+    files = ", ".join(str(args.dir / name) for name in ("x.npy", "y.npy", "target.png"))
+    print(f"{len(x)} examples, {about}: {files}")
 
 
 if __name__ == "__main__":
