@@ -203,4 +203,4 @@ class UpperEnd:
         return {"layers": self.args.layers, "updates": self.part.updates, "loss": self.loss,
                 "backlog": self.arrivals.backlog, "examples": self.arrivals.replay.counters(),
                 "waiting": len(self.arrivals.waiting), "skipped": self.arrivals.skipped,
-                "gradients": self.outbox.counters()}
+                "gradients_sent": self.outbox.counters()}

@@ -57,7 +57,7 @@ def main(args, stop):
 
     def status():
         return {**below.status(), **above.status(), "loss": None, "network": network,
-                "gradients_from": args.gradients, "ids": [serving.ID, *above.ids]}
+                "ids": [serving.ID, *above.ids]}
 
     def weights_above():
         return PartClient(args.output_server, args.token).weights(above.network)
