@@ -70,7 +70,7 @@ def parse(argv):
 
 
 def command_lines(args, hosts=None):
-    """The commands, {name: words}. hosts: {name: address}, where it is not this machine's.
+    """The commands, {name: words}. hosts: {name: address}, without the page; else all are here.
 
     Link k is the one below part k, so "oracle1" is the input trainer's.
     """
@@ -107,9 +107,11 @@ def command_lines(args, hosts=None):
             "--oracle-server", oracles[k], "--output-server", server[parts[k + 1]],
             "--progress-dir", beside(f"middle{k}"), *["--gradients", "true"] * locked, *trainer]
     others = [server[name] for name in commands if name not in ("oracle1", "output")]
-    commands["page"] = ["plot.py", "--live", folder, "--oracle-server", oracles[0],
-                        "--output-server", server["output"], "--input-server", server["input"],
-                        *token, *(["--also", *others] if others else [])]
+    if hosts is None:
+        commands["page"] = [
+            "plot.py", "--live", folder, "--oracle-server", oracles[0], "--output-server",
+            server["output"], "--input-server", server["input"], *token,
+            *(["--also", *others] if others else [])]
     commands["input"] = [
         "train_input.py", "--layers", *args.parts[0], "--oracle-server", oracles[0],
         "--output-server", server[parts[1]], "--gradients", args.gradients, "--progress-dir",
