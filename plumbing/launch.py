@@ -9,6 +9,7 @@ go to train_input.py.
 """
 import argparse
 import itertools
+import random
 import signal
 import socket
 import subprocess
@@ -121,9 +122,11 @@ def command_lines(args, hosts=None):
 
 
 def free_first_port(count=40):
-    """The first of `count` ports on which nobody listens."""
-    return next(first for first in range(5101, 60_000, 100)
-                if not any(map(is_taken, range(first, first + count))))
+    """The first of `count` ports on which nobody listens, below those of outgoing connections."""
+    while True:
+        first = random.randrange(10_000, 30_000, count)
+        if not any(map(is_taken, range(first, first + count))):
+            return first
 
 
 def is_taken(port):
