@@ -15,7 +15,7 @@ EXPERIMENTS = {
 
 
 def main(argv):
-    """The exit code: 0, or that of the first run that did not finish."""
+    """The exit code: that of the first run that did not finish, or plot.py's."""
     signals, folders = launch.catch_signals(), [f"try/{name}" for name in EXPERIMENTS]
     for n, (name, extra) in enumerate(EXPERIMENTS.items(), 1):
         print(f"{n} of {len(EXPERIMENTS)}, {name}: {' '.join(extra)}", flush=True)
@@ -23,13 +23,13 @@ def main(argv):
                              "--progress-dir", f"try/{name}"])
         if code := launch.run(launch.command_lines(args), signals):
             return code
-    subprocess.run([sys.executable, "plot.py", *folders, "--out", "try"])
+    drawn = subprocess.run([sys.executable, "plot.py", *folders, "--out", "try"])
     print("layer 1's gradients, last held-out score, seconds of training")
     for name, folder in zip(EXPERIMENTS, folders, strict=True):
         row = runs.read_rows(folder)[-1]
         score = next(column for column in row if column.startswith("test_"))
         print(f"{name:10} {score} {float(row[score]):.4f} {float(row['seconds']):6.1f}")
-    return 0
+    return drawn.returncode
 
 
 if __name__ == "__main__":

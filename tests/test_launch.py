@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from plumbing.launch import command_lines, free_first_port, parse, widths
+from plumbing.launch import STOP_SECONDS, command_lines, free_first_port, parse, widths
 from tests.processes import ROOT, status, wait_until
 
 
@@ -156,9 +156,9 @@ class Launched:
             return (status(self.first + 2) or {}).get("updates")
         wait_until(training, "training")
 
-    def end(self):
-        """Its exit code; nobody may be left."""
-        code = self.process.wait(60)
+    def end(self, seconds=STOP_SECONDS - 5):
+        """Its exit code; nobody may be left. By default sooner than it would kill anybody."""
+        code = self.process.wait(seconds)
         assert not self.started()
         return code
 
@@ -181,7 +181,7 @@ def test_nobody_is_left_behind_when_a_run_ends(tmp_path, small_data):
     with Launched(tmp_path, *small_data, "--num-epochs", 10) as launched:
         launched.wait_for_training()
         assert {"oracle.py", "train_output.py", "train_input.py"} <= set(launched.started())
-        assert launched.end() == 0
+        assert launched.end(60) == 0
     assert '"ended": "finished"' in (tmp_path / "progress" / "run.json").read_text()
 
 
