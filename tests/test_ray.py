@@ -65,14 +65,20 @@ def test_a_run_survives_the_loss_of_a_node(parts, cluster, tmp_path, small_data)
         end(driver)
 
 
-def test_nobody_is_left_when_the_driver_is_killed(cluster, tmp_path, small_data):
+def test_nobody_is_left_when_an_actor_and_then_the_driver_is_killed(cluster, tmp_path, small_data):
     first = free_first_port()
     driver = start("examples/on_ray.py", *small_data, "--num-epochs", 10**6, "--first-port", first,
                    cwd=tmp_path, log=tmp_path / "log")
     try:
         wait_until(lambda: (status(first + 2) or {}).get("updates"), "training", 100)
-        assert len(trainers(tmp_path)) == 3
+        before = trainers(tmp_path)
+        output = next(pid for pid in before if before[pid] == "train_output.py")
+        psutil.Process(output).parent().kill()  # the actor
+        wait_until(lambda: not psutil.pid_exists(output), "the actor's process to end", 20)
+        wait_until(lambda: len(trainers(tmp_path)) == 3, "Ray to start it again")
         driver.kill()
         wait_until(lambda: not trainers(tmp_path), "all processes to end")
     finally:
         end(driver)
+        for pid in trainers(tmp_path):
+            psutil.Process(pid).kill()
