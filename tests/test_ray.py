@@ -1,5 +1,6 @@
 """The processes on a Ray cluster of three nodes, one of which is lost during a run."""
 import os
+import subprocess
 import sys
 
 import psutil
@@ -7,7 +8,7 @@ import pytest
 
 from plumbing.launch import free_first_port
 from plumbing.runs import read_json, read_metrics
-from tests.processes import end, start, status, wait_until
+from tests.processes import ROOT, end, start, status, wait_until
 
 pytestmark = pytest.mark.processes
 EPOCHS = 60  # half a minute
@@ -82,3 +83,19 @@ def test_nobody_is_left_when_an_actor_and_then_the_driver_is_killed(cluster, tmp
         end(driver)
         for pid in trainers(tmp_path):
             psutil.Process(pid).kill()
+
+
+def test_a_process_ends_when_its_actor_holds_the_pipe_no_longer(tmp_path):
+    """Ray ends the processes of a lost actor, too, where it can; so this is tested without Ray."""
+    pytest.importorskip("ray")
+    from examples.on_ray import UNTIL_ORPHANED
+    port = free_first_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNTIL_ORPHANED, str(ROOT), str(ROOT / "train_output.py"), "--port",
+         str(port)], cwd=tmp_path, stdin=subprocess.PIPE)
+    try:
+        wait_until(lambda: status(port), "the output trainer to answer")
+        process.stdin.close()
+        assert process.wait(10) == 1
+    finally:
+        end(process)
