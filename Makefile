@@ -1,20 +1,42 @@
-# make run | test | sgd | plots | clean
-# make bench | bench-busy | bench-crashes | bench-depth | bench-growth | bench-load | bench-page | bench-staleness
-#      compare | digits | soak
-# ARGS=--help shows a benchmark's options. EPOCHS=20 sets the length of a run, VENV=dir puts the virtual environment elsewhere.
+# make run | chain | try | sgd | plots | clean
+# make test | test-fast | lint | mutants
+# make bench | bench-busy | bench-chain | bench-crashes | bench-delay | bench-depth | bench-growth
+#      bench-load | bench-pace | bench-page | bench-staleness | compare | digits | soak
+# EPOCHS=20 sets the length of a run. PARTS="784-256 256-10" gives another chain.
+# ARGS passes options on; ARGS=--help shows them. VENV=dir puts the virtual environment elsewhere.
 
 PYTHON ?= python3
 VENV ?= .venv
 EPOCHS ?= 16
+PARTS ?= 2-24 24-12 12-1
 BIN = $(VENV)/bin
 
 run: x.npy
-	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS)
+	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) $(ARGS)
 	@$(BIN)/python plot.py
 	@echo "open learning.gif, learning_curves.png and synthetic_plots/"
 
+chain: x.npy
+	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) --parts $(PARTS) $(ARGS)
+	@$(BIN)/python plot.py
+	@echo "open learning.gif, learning_curves.png and synthetic_plots/"
+
+try: EPOCHS = 4
+try: x.npy
+	@$(BIN)/python -m plumbing.experiments x.npy y.npy --num-epochs $(EPOCHS) $(ARGS)
+	@echo "open try/learning_curves.png"
+
+lint: $(VENV)/tests-ready
+	$(BIN)/ruff check .
+
 test: $(VENV)/tests-ready
 	$(BIN)/python -m pytest -q -n 2 tests
+
+test-fast: $(VENV)/tests-ready
+	$(BIN)/python -m pytest -q -n 2 -m "not processes" tests
+
+mutants: $(VENV)/tests-ready
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 sgd: x.npy
 	$(BIN)/python sgd.py x.npy y.npy
@@ -22,7 +44,8 @@ sgd: x.npy
 plots: $(VENV)/ready
 	$(BIN)/python plot.py
 
-BENCHES = bench bench-busy bench-crashes bench-depth bench-growth bench-load bench-page bench-staleness compare digits soak
+BENCHES = bench bench-busy bench-chain bench-crashes bench-delay bench-depth bench-growth \
+  bench-load bench-pace bench-page bench-staleness compare digits soak
 $(BENCHES): x.npy $(VENV)/tests-ready
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
@@ -39,8 +62,9 @@ $(VENV)/tests-ready: $(VENV)/ready tests/requirements.txt
 	touch $@
 
 clean:
-	rm -rf progress progress.[0-9]* output_progress sgd_progress sgd_progress.[0-9]* synthetic_plots learning.gif \
-	  learning_curves.png target.png x.npy y.npy benchmarks .pytest_cache .hypothesis
+	rm -rf progress progress.[0-9]* output_progress middle[0-9]*_progress middle_progress try \
+	  sgd_progress sgd_progress.[0-9]* synthetic_plots learning.gif guesses.gif \
+	  learning_curves.png target.png x.npy y.npy benchmarks .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
-.PHONY: run test sgd plots clean $(BENCHES)
+.PHONY: run chain try lint test test-fast mutants sgd plots clean $(BENCHES)

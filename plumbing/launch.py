@@ -1,59 +1,199 @@
-"""`make run`: the same commands that people type in four terminals, each in a session of its own,
-as terminals have.
+"""Starts the commands that people type in several terminals, each in a session of its own.
 
-    python -m plumbing.launch x.npy y.npy --num-epochs 16    # what train_input.py takes
+    python -m plumbing.launch x.npy y.npy --num-epochs 16          # `make run`
+    python -m plumbing.launch x.npy y.npy --parts 2-24 24-12 12-1  # `make chain`
 
-Ends when one of the three does; Ctrl-C goes to the input trainer first, so that the others are
-still there for its last snapshot. Whatever happens, nobody is left behind.
+The run ends when one of them ends, the live page apart. Ctrl-C stops the input trainer first,
+because its last snapshot needs the others. A second Ctrl-C stops all at once. All other options
+go to train_input.py.
 """
 import argparse
-import contextlib
+import itertools
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from plumbing import options, say
 
-def main():
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of all options, those that others need, too
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--progress-dir", type=Path, default="progress")
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--port", default="5003")
-    parser.add_argument("--token-file")
-    shared = parser.parse_known_args()[0]
-    folder, seed = shared.progress_dir, ["--seed", shared.seed]
-    token = ["--token-file", shared.token_file] if shared.token_file else []
-    commands = [["oracle.py", *seed, *token],
-                ["train_output.py", "--progress-dir", folder.parent / f"output_{folder.name}", *seed, *token,
-                 *["--resume"] * shared.resume],
-                ["plot.py", "--live", folder, "--input-server", f"127.0.0.1:{shared.port}", *token],
-                ["train_input.py", *sys.argv[1:]]]
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.default_int_handler)
-    started = []
+STOP_SECONDS = 30  # for the last snapshot, and for the others to stop, before they are killed
+if hasattr(subprocess, "CREATE_NEW_PROCESS_GROUP"):  # Windows has neither sessions nor SIGINT
+    APART = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    INTERRUPT = TERMINATE = signal.CTRL_BREAK_EVENT
+else:
+    APART, INTERRUPT, TERMINATE = {"start_new_session": True}, signal.SIGINT, signal.SIGTERM
+
+
+def widths(text):
+    """For argparse: "24-12" -> [24, 12]."""
+    found = text.split("-")
+    if len(found) < 2 or not all(each.isdecimal() and int(each) for each in found):
+        raise argparse.ArgumentTypeError(f"{text}: expected widths like 24-12")
+    return [int(each) for each in found]
+
+
+def parse(argv):
+    """The launcher's options; `rest` is what goes to train_input.py alone."""
+    parser = argparse.ArgumentParser(prog="plumbing.launch", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    options.add(parser, seed=0, progress_dir="progress", token_file=None, resume=False)
+    add("--gradients", default="synthetic", help="of train_input.py (%(default)s)")
+    add("--parts", type=widths, nargs="+", default=[[2, 24], [24, 12, 1]], metavar="WIDTHS",
+        help="the widths of each part, the lowest first (2-24 24-12-1)")
+    add("--oracle-layers", type=options.number(int, 1), nargs="*", default=[64, 64],
+        metavar="WIDTH", help="of the oracles' hidden layers; none: linear (64 64)")
+    add("--condition-on-labels", type=options.number(int, 0), nargs="?", const=-1, metavar="K",
+        dest="labels",
+        help="oracles see y, which is K wide; 0: they do not (a chain's do)")
+    add("--first-port", type=options.number(int, 1, 65000), default=5001,
+        help="the lowest oracle's; the others' follow (%(default)s)")
+    add("--port", type=options.number(int, 1, 65535), help="the input trainer's (5003)")
+    args, args.rest = parser.parse_known_args(argv)
+    if len(args.parts) < 2:
+        parser.error("--parts takes two or more parts, like 2-24 24-12-1")
+    for below, above in itertools.pairwise(args.parts):
+        if below[-1] != above[0]:
+            right = "-".join(map(str, [below[-1], *above[1:]]))
+            below, above = ("-".join(map(str, each)) for each in (below, above))
+            parser.error(f"--parts {below} {above}: a part begins with the width that the part "
+                         f"below it ends with: {below} {right}")
+    if args.labels is None:
+        args.labels = -1 if len(args.parts) > 2 else 0
+    if args.labels == -1:
+        args.labels = args.parts[-1][-1]
+    args.port = args.port or args.first_port + 2
+    return args
+
+
+def command_lines(args, hosts=None):
+    """The commands, {name: words}. hosts: {name: address}, without the page; else all are here.
+
+    Link k is the one below part k, so "oracle1" is the input trainer's.
+    """
+    links, first, folder = range(1, len(args.parts)), args.first_port, Path(args.progress_dir)
+    parts = ["input", *(f"middle{k}" for k in links[:-1]), "output"]
+    port = {"oracle1": first, "output": first + 1, "input": args.port, "page": first + 3}
+    for k in links[:-1]:
+        port[f"middle{k}"], port[f"oracle{k + 1}"] = first + 9 + 2 * k, first + 10 + 2 * k
+    server = {name: f"{(hosts or {}).get(name, '127.0.0.1')}:{port[name]}" for name in port}
+    oracles = [server[f"oracle{k}"] for k in links]
+    taught, locked, asked = list(oracles), args.gradients == "true", links
+    if args.gradients == "delayed":
+        taught[0], asked = server["input"], links[1:]
+    if locked:
+        asked = []
+    token = ["--token-file", args.token_file] if args.token_file else []
+    shared = ["--seed", args.seed, *token]
+    trainer = [*shared, *["--resume"] * args.resume]
+    labels = ["--condition-on-labels", args.labels] if args.labels else []
+
+    def beside(name):
+        return folder.parent / f"{name}_{folder.name}"
+
+    commands = {}
+    for k in asked:
+        width = args.parts[k][0]
+        commands[f"oracle{k}"] = ["oracle.py", "--layers", width, *args.oracle_layers, width,
+                                  *labels, *shared]
+    commands["output"] = ["train_output.py", "--layers", *args.parts[-1], "--oracle-server",
+                          taught[-1], "--progress-dir", beside("output"), *trainer]
+    for k in links[:-1]:
+        commands[f"middle{k}"] = [
+            "train_middle.py", "--layers", *args.parts[k], "--lower-oracle-server", taught[k - 1],
+            "--oracle-server", oracles[k], "--output-server", server[parts[k + 1]],
+            "--progress-dir", beside(f"middle{k}"), *["--gradients", "true"] * locked, *trainer]
+    others = [server[name] for name in commands if name not in ("oracle1", "output")]
+    if hosts is None:
+        commands["page"] = [
+            "plot.py", "--live", folder, "--oracle-server", oracles[0], "--output-server",
+            server["output"], "--input-server", server["input"], *token,
+            *(["--also", *others] if others else [])]
+    commands["input"] = [
+        "train_input.py", "--layers", *args.parts[0], "--oracle-server", oracles[0],
+        "--output-server", server[parts[1]], "--gradients", args.gradients, "--progress-dir",
+        folder, *trainer, *args.rest]
+    return {name: [script, "--port", str(port[name]), *map(str, words)]
+            for name, (script, *words) in commands.items()}
+
+
+def free_first_port(count=40):
+    """The first of `count` ports on which nobody listens, below those of outgoing connections."""
+    while True:
+        first = random.randrange(10_000, 30_000, count)
+        if not any(map(is_taken, range(first, first + count))):
+            return first
+
+
+def is_taken(port):
     try:
-        for command in commands:
-            started.append(subprocess.Popen([sys.executable, *command], start_new_session=True))
-        oracle, output, page, trainer = started
-        while all(process.poll() is None for process in (oracle, output, trainer)):
-            time.sleep(0.2)
-        code = 2 if trainer.poll() is None else trainer.poll()  # 2: another one has ended; its last line says why
-    except KeyboardInterrupt:
-        code = 130
-        if len(started) == len(commands):
-            started[-1].send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                started[-1].wait(30)
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return True
+    return False
+
+
+def run(commands, signals):
+    """Start the commands, {name: words}, and wait until one ends or `signals` is no longer empty.
+
+    The exit code: the input trainer's, 2 if another one has ended, 130 after a signal.
+    """
+    for name, (script, _, port, *_) in commands.items():
+        if name != "page" and is_taken(int(port)):
+            say(f"plumbing.launch: port {port}, for {script}, is taken. Is another run still "
+                "going? Stop it, or choose other ports with --first-port")
+            return 2
+    started, ended = {}, []
+    try:
+        for name, words in commands.items():
+            started[name] = subprocess.Popen([sys.executable, *words], **APART)
+        needed = [name for name in started if name != "page"]
+        while not signals and not ended:
+            time.sleep(0.1)
+            ended = [name for name in needed if started[name].poll() is not None]
+        if not ended:
+            started["input"].send_signal(INTERRUPT)
+            wait([started["input"]], lambda: len(signals) > 1)
+            return 130
+        code = started[ended[-1]].returncode
+        if ended[-1] == "input":
+            return code
+        say(f"plumbing.launch: {commands[ended[-1]][0]} ended with exit code {code}, so the run "
+            "is stopped")
+        return 2
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
+        for process in started.values():
+            process.send_signal(TERMINATE)
+        wait(started.values())
+        for process in started.values():
+            process.kill()
             process.wait()
-    sys.exit(code)
+
+
+def wait(processes, enough=lambda: False):
+    """Until all have ended, enough() is true, or STOP_SECONDS have passed."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while any(each.poll() is None for each in processes) and not enough():
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+
+
+def catch_signals():
+    """A list to which the number of each signal that asks for an end is appended from now on.
+
+    A list, because an exception could come between a process' start and its entry in `started`.
+    """
+    caught = []
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), lambda number, _: caught.append(number))
+    return caught
 
 
 if __name__ == "__main__":
-    main()
+    signals = catch_signals()
+    sys.exit(run(command_lines(parse(sys.argv[1:])), signals))

@@ -1,0 +1,36 @@
+"""`make try`: a short run of each kind, one after the other, and their curves in one picture.
+
+    python -m plumbing.experiments x.npy y.npy --num-epochs 4    # what plumbing.launch takes
+"""
+import subprocess
+import sys
+
+from plumbing import launch, runs
+
+FAST = ["--learning-rate", "0.4", "--momentum", "0.9", "--warm-up", "0"]  # for true gradients
+EXPERIMENTS = {
+    "guesses": [], "labels": ["--condition-on-labels"], "true": ["--gradients", "true", *FAST],
+    "delayed": ["--gradients", "delayed", *FAST], "zero": ["--gradients", "zero"],
+    "shuffled": ["--gradients", "shuffled"]}
+
+
+def main(argv):
+    """The exit code: that of the first run that did not finish, or plot.py's."""
+    signals, folders = launch.catch_signals(), [f"try/{name}" for name in EXPERIMENTS]
+    for n, (name, extra) in enumerate(EXPERIMENTS.items(), 1):
+        print(f"{n} of {len(EXPERIMENTS)}, {name}: {' '.join(extra)}", flush=True)
+        args = launch.parse(["--first-port", str(launch.free_first_port()), *argv, *extra,
+                             "--progress-dir", f"try/{name}"])
+        if code := launch.run(launch.command_lines(args), signals):
+            return code
+    drawn = subprocess.run([sys.executable, "plot.py", *folders, "--out", "try"])
+    print("layer 1's gradients, last held-out score, seconds of training")
+    for name, folder in zip(EXPERIMENTS, folders, strict=True):
+        row = runs.read_rows(folder)[-1]
+        score = next(column for column in row if column.startswith("test_"))
+        print(f"{name:10} {score} {float(row[score]):.4f} {float(row['seconds']):6.1f}")
+    return drawn.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

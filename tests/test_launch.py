@@ -1,0 +1,247 @@
+"""The launcher: which commands it starts, and that it leaves nobody behind."""
+import signal
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from plumbing.launch import STOP_SECONDS, command_lines, free_first_port, parse, widths
+from tests.processes import ROOT, status, wait_until
+
+
+def composed(*argv):
+    """{name: command} as one string each."""
+    commands = command_lines(parse(["x.npy", "y.npy", *argv]))
+    return {name: " ".join(words) for name, words in commands.items()}
+
+
+PAGE = ("plot.py --port 5004 --live progress --oracle-server 127.0.0.1:5001 "
+        "--output-server 127.0.0.1:5002 --input-server 127.0.0.1:5003")
+
+
+def input_trainer(gradients, above=5002):
+    return ("train_input.py --port 5003 --layers 2 24 --oracle-server 127.0.0.1:5001 "
+            f"--output-server 127.0.0.1:{above} --gradients {gradients} --progress-dir progress "
+            "--seed 0 x.npy y.npy")
+
+
+def output_trainer(layers, oracle):
+    return (f"train_output.py --port 5002 --layers {layers} --oracle-server 127.0.0.1:{oracle} "
+            "--progress-dir output_progress --seed 0")
+
+
+def test_the_default_is_what_four_terminals_start():
+    assert composed() == {
+        "oracle1": "oracle.py --port 5001 --layers 24 64 64 24 --seed 0",
+        "output": output_trainer("24 12 1", 5001), "page": PAGE,
+        "input": input_trainer("synthetic")}
+
+
+def test_true_gradients_need_no_oracle():
+    assert composed("--gradients", "true") == {
+        "output": output_trainer("24 12 1", 5001), "page": PAGE, "input": input_trainer("true")}
+
+
+def test_delayed_gradients_go_back_to_the_input_trainer():
+    assert composed("--gradients", "delayed") == {
+        "output": output_trainer("24 12 1", 5003), "page": PAGE, "input": input_trainer("delayed")}
+
+
+def middle_trainer(k, layers, lower, above):
+    port = 5010 + 2 * k
+    return (f"train_middle.py --port {port} --layers {layers} --lower-oracle-server "
+            f"127.0.0.1:{lower} --oracle-server 127.0.0.1:{port + 1} --output-server "
+            f"127.0.0.1:{above} --progress-dir middle{k}_progress")
+
+
+FOUR = "--parts", "2-24", "24-12", "12-8", "8-1"
+
+
+def test_a_chain_of_four_parts_has_three_oracles_that_see_labels():
+    assert composed(*FOUR) == {
+        "oracle1": "oracle.py --port 5001 --layers 24 64 64 24 --condition-on-labels 1 --seed 0",
+        "oracle2": "oracle.py --port 5013 --layers 12 64 64 12 --condition-on-labels 1 --seed 0",
+        "oracle3": "oracle.py --port 5015 --layers 8 64 64 8 --condition-on-labels 1 --seed 0",
+        "output": output_trainer("8 1", 5015),
+        "middle1": middle_trainer(1, "24 12", 5001, 5014) + " --seed 0",
+        "middle2": middle_trainer(2, "12 8", 5013, 5002) + " --seed 0",
+        "page": f"{PAGE} --also 127.0.0.1:5013 127.0.0.1:5015 127.0.0.1:5012 127.0.0.1:5014",
+        "input": input_trainer("synthetic", above=5012)}
+
+
+def test_true_gradients_through_a_chain_are_asked_for_at_every_link():
+    commands = composed(*FOUR, "--gradients", "true")
+    assert list(commands) == ["output", "middle1", "middle2", "page", "input"]
+    assert all("--gradients true" in commands[name] for name in ("input", "middle1", "middle2"))
+    assert commands["page"] == f"{PAGE} --also 127.0.0.1:5012 127.0.0.1:5014"
+
+
+def test_delayed_gradients_in_a_chain_replace_the_lowest_oracle_only():
+    commands = composed(*FOUR, "--gradients", "delayed")
+    assert [name for name in commands if name.startswith("oracle")] == ["oracle2", "oracle3"]
+    assert commands["middle1"] == middle_trainer(1, "24 12", 5003, 5014) + " --seed 0"
+    assert "--gradients" not in commands["middle1"]
+
+
+def test_each_option_goes_to_the_processes_that_have_it():
+    commands = composed(
+        "--parts", "784-256", "256-256", "256-10", "--oracle-layers", "--seed", "7", "--resume",
+        "--progress-dir", "runs/deep", "--token-file", "secret", "--port", "6000", "--first-port",
+        "6001", "--learning-rate", "0.3", "--held-out", "10000")
+    for name, command in commands.items():
+        assert "--token-file secret" in command
+        assert ("--seed 7" in command) == (name != "page")
+        assert ("--resume" in command) == (name in ("input", "middle1", "output"))
+        assert ("--learning-rate 0.3" in command) == (name == "input")
+    assert commands["oracle1"].startswith(
+        "oracle.py --port 6001 --layers 256 256 --condition-on-labels 10 ")
+    assert "--progress-dir runs/output_deep " in commands["output"]
+    assert "--progress-dir runs/middle1_deep " in commands["middle1"]
+    assert commands["input"].endswith("x.npy y.npy --learning-rate 0.3 --held-out 10000")
+    assert " --port 6000 " in commands["input"]
+    assert "--input-server 127.0.0.1:6000" in commands["page"]
+
+
+@pytest.mark.parametrize("given, wanted", [
+    ([], None), (["--condition-on-labels"], 1), (["--condition-on-labels", "3"], 3),
+    ([*FOUR, "--condition-on-labels", "0"], None)])
+def test_oracles_see_labels_where_asked_to(given, wanted):
+    oracle = composed(*given)["oracle1"]
+    assert (f"--condition-on-labels {wanted}" if wanted else "24 --seed") in oracle
+    assert ("--condition-on-labels" in oracle) == bool(wanted)
+
+
+@pytest.mark.parametrize("given, said", [
+    (["2-24", "24-12", "10-1"], "--parts 24-12 10-1: a part begins with the width that the part "
+                                "below it ends with: 24-12 12-1"),
+    (["2-24-1"], "--parts takes two or more parts, like 2-24 24-12-1"),
+    (["2-24", "24"], "24: expected widths like 24-12"),
+    (["2-0", "0-1"], "2-0: expected widths like 24-12")])
+def test_parts_that_do_not_fit_are_one_clear_error(given, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["x.npy", "y.npy", "--parts", *given])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_widths_are_numbers_joined_by_hyphens():
+    assert widths("24-12-1") == [24, 12, 1]
+
+
+class Launched:
+    """A launcher on ports of its own, what it prints, and the processes that it started."""
+
+    def __init__(self, folder, *options):
+        self.first, self.log = free_first_port(), folder / "log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "plumbing.launch", *map(str, options), "--first-port",
+                 str(self.first), "--progress-dir", str(folder / "progress")],
+                cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def started(self):
+        """{script: process} of what listens on its ports, or will: whoever its parent is now."""
+        found = {}
+        for each in psutil.process_iter(["cmdline"]):
+            _, script, *words = [*(each.info["cmdline"] or []), "", ""]
+            if words[:1] == ["--port"] and int(words[1]) in range(self.first, self.first + 40):
+                found[script] = each
+        return found
+
+    def wait_for_training(self):
+        def training():
+            assert self.process.poll() is None, self.log.read_text()
+            return (status(self.first + 2) or {}).get("updates")
+        wait_until(training, "training")
+
+    def end(self, seconds=STOP_SECONDS - 5):
+        """Its exit code; nobody may be left. By default sooner than it would kill anybody."""
+        code = self.process.wait(seconds)
+        assert not self.started()
+        return code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        for each in self.started().values():
+            each.kill()
+
+
+QUICK = "--gradients", "true"  # without TensorFlow, which takes long to start
+ENDLESS = *QUICK, "--num-epochs", 10**6
+
+
+@pytest.mark.processes
+def test_nobody_is_left_behind_when_a_run_ends(tmp_path, small_data):
+    with Launched(tmp_path, *small_data, "--num-epochs", 10) as launched:
+        launched.wait_for_training()
+        assert {"oracle.py", "train_output.py", "train_input.py"} <= set(launched.started())
+        assert launched.end(60) == 0
+    assert '"ended": "finished"' in (tmp_path / "progress" / "run.json").read_text()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_with_a_last_snapshot(number, tmp_path, small_data):
+    with Launched(tmp_path, *small_data, *ENDLESS) as launched:
+        launched.wait_for_training()
+        launched.process.send_signal(number)
+        assert launched.end() == 130
+    rows = (tmp_path / "progress" / "metrics.csv").read_text().splitlines()
+    assert len(rows) >= 3 and rows[-1].split(",")[1] != "0", launched.log.read_text()
+    assert '"ended": "stopped"' in (tmp_path / "progress" / "run.json").read_text()
+
+
+@pytest.mark.processes
+def test_a_second_interrupt_does_not_wait_for_the_last_snapshot(tmp_path, small_data):
+    with Launched(tmp_path, *small_data, *ENDLESS) as launched:
+        launched.wait_for_training()
+        trainer = launched.started()["train_input.py"]
+        trainer.suspend()  # so that only the second Ctrl-C can end the wait
+        launched.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launched.process.wait(2)
+        assert "train_output.py" in launched.started()
+        launched.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "train_output.py" not in launched.started(), "the others to end", 20)
+        trainer.resume()
+        assert launched.end() == 130
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("script", ["oracle.py", "train_output.py", "train_input.py"])
+def test_an_interrupt_during_the_start_leaves_nobody_behind(script, count, tmp_path, small_data):
+    with Launched(tmp_path, *small_data, "--num-epochs", 10**6) as launched:
+        wait_until(lambda: script in launched.started(), script, pause=0)
+        for _ in range(count):
+            launched.process.send_signal(signal.SIGINT)
+        assert launched.end() == 130
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("script", ["oracle.py", "train_output.py", "train_input.py"])
+def test_a_child_that_dies_ends_the_launcher(script, tmp_path, small_data):
+    options = [] if script == "oracle.py" else QUICK
+    with Launched(tmp_path, *small_data, *options, "--num-epochs", 10**6) as launched:
+        wait_until(lambda: script in launched.started(), script)
+        launched.started()[script].kill()
+        assert launched.end() == (2 if script != "train_input.py" else -signal.SIGKILL % 256)
+    if script != "train_input.py":
+        assert f"{script} ended with exit code -9" in launched.log.read_text()
+
+
+@pytest.mark.processes
+def test_a_port_that_is_taken_is_one_clear_line(small_data):
+    first = free_first_port()
+    with socket.create_server(("127.0.0.1", first + 1)):
+        again = subprocess.run(
+            [sys.executable, "-m", "plumbing.launch", *map(str, small_data), "--first-port",
+             str(first)], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+    assert f"port {first + 1}, for train_output.py, is taken" in again.stderr
