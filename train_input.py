@@ -185,8 +185,8 @@ def main(args, stop):
     checkpoint = runs.Checkpoint(args.progress_dir)
     same = {"seed": args.seed, "held_out": len(loaded.x_test), "data": loaded.digest}
     counts = {"examples": 0, "updates": 0, "seconds": 0.0, "waits": 0, "waited": 0.0}
-    if args.resume:
-        counts.update(checkpoint.resume(layers, **same))
+    resumed = checkpoint.resume(layers, **same) if args.resume else {}
+    counts.update(resumed)
     delayed = Delayed(layers, args.staleness) if args.gradients == "delayed" else None
     link = LowerEnd(args, stop, delayed and delayed.answer)
     link.bounded.waits, link.bounded.waited = counts["waits"], counts["waited"]
@@ -201,7 +201,7 @@ def main(args, stop):
             delayed.add(*columns)
             return {"accepted": len(columns[0])}
     serving.serve(app, listener, args)
-    link.connect(new=not counts["updates"], k=k)
+    link.connect(new=not resumed, k=k)
     data.check_widths(loaded, [*args.layers, *link.network[1:]], "the network of all --layers")
 
     columns = ["seconds", "examples", "epoch", loaded.score, "gradient_cosine", "staleness",
