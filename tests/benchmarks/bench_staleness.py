@@ -95,8 +95,8 @@ def main():
             staleness, best, args.epochs) for seed in range(args.seeds)]
     table("bench-staleness", (
         "network", "gradients", "staleness asked for", "measured", "rate, momentum",
-        f"MSE after {args.epochs} epochs", "highest over lowest row of the last third", "minibatches",
-        "of them skipped above", "seconds"),
+        f"MSE after {args.epochs} epochs", "highest over lowest row of the last third",
+        "minibatches", "of them skipped above", "seconds"),
         [(*case, cell([np.nanmedian(each["staleness"][1:]) for each in group], ".0f"), best,
           cell(list(map(final, group))), cell(list(map(swing, group)), ".2f"),
           f"{np.median([each['updates'][-1] for each in group]):,.0f}",
