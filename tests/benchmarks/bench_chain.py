@@ -126,9 +126,11 @@ def describe_parts(metrics):
                 if status and not name.startswith("oracle")]
     above = [status for status in trainers if "skipped" in status]
     rates = [metrics["updates"][-1], *(status["updates"] for status in above)]
-    return (" | ".join(f"{updates / metrics['seconds'][-1]:.0f}" for updates in rates),
-            " | ".join(f"{status['skipped']:,}" for status in above),
-            f"{np.nanmedian(metrics['staleness'][1:]):.0f}", f"{metrics['seconds'][-1]:.0f}")
+    stale = metrics["staleness"][1:]
+    return (", ".join(f"{updates / metrics['seconds'][-1]:.0f}" for updates in rates),
+            ", ".join(str(status["skipped"]) for status in above),
+            f"{np.nanmedian(stale):.0f}" if np.isfinite(stale).any() else "–",
+            f"{metrics['seconds'][-1]:.0f}")
 
 
 def main():
@@ -176,7 +178,7 @@ def main():
                             PROBLEMS[name], way, best_rates(PROBLEMS[name], way), *inputs[name])
             row[-2:] = (", ".join(f"{value:.2f}" for value in column)
                         for column in zip(*found, strict=True))
-        rows.append([str(entry).replace("|", "/") for entry in row])
+        rows.append(row)
     table("bench-chain-parts", (
         "network", "gradients", "updates/s of each part, the lowest first", "minibatches skipped",
         "staleness of the lowest link", "seconds", "cosine of each link's guess with backprop's",
