@@ -5,16 +5,13 @@ Every process is started as a terminal starts it. Finished runs are kept in benc
 command can be interrupted and started again.
 """
 import argparse
-import collections
 import contextlib
-import http.server
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from importlib.metadata import version
 
@@ -23,8 +20,6 @@ import psutil
 from tqdm import tqdm
 
 from plumbing.runs import read_json, read_metrics
-from plumbing.wire import NoAnswer, json_to_ndarray
-from synthgrad import ProcessClient
 from tests.processes import DEADLINE, ROOT, Three, end, free_ports, start, wait_until
 
 DATA = [ROOT / "x.npy", ROOT / "y.npy"]
@@ -124,13 +119,13 @@ def run_sgd(folder, *options, seed=0, data=DATA, timeout=3600):
 
 
 def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data=DATA, delay=0,
-              held=0, session=True, watch=None, timeout=3600):
+              late=0, session=True, watch=None, timeout=3600):
     """One decoupled run in `folder`, rows every 2 s; it ends by itself or after `seconds` of
     training.
 
     delay: seconds that the output trainer's answers to the input trainer are late.
-    held: updates that gradients are held before the oracle gets them, see DelayLine.
-    session: each process has one of its own. watch: see follow().
+    late: seconds that the answers to the output trainer's gradients are late. It sends the next
+    ones only then. session: each process has one of its own. watch: see follow().
     With --gradients delayed no oracle runs; the gradients go to the input trainer.
     """
     seeds, endless = ["--seed", seed], ["--num-epochs", 10**6] if seconds else []
@@ -139,8 +134,9 @@ def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data
     gradients_to = three.port("oracle")
     if "delayed" in input:
         gradients_to = three.port("input")
-    if held:
-        gradients_to = DelayLine(gradients_to, held).port
+        three.to_oracle.target = gradients_to
+    if late:
+        three.to_oracle.delay, gradients_to = late, three.to_oracle.port
     three.commands["output"] += ["--oracle-server", f"127.0.0.1:{gradients_to}"]
     if delay:
         three.to_output.delay = delay
@@ -149,39 +145,6 @@ def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data
         three.start(*[name for name in three.commands
                       if name != "oracle" or "delayed" not in input])
         follow(three, seconds, watch, timeout)
-
-
-class DelayLine:
-    """A port that takes gradients for another one. It passes each message on as soon as one has
-    come that is of so many `updates` later. Nobody waits for that."""
-
-    def __init__(self, target, updates):
-        self.client, self.updates = ProcessClient(f"127.0.0.1:{target}"), updates
-        self.waiting, self.lock, take = collections.deque(), threading.Lock(), self.take
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-
-            def do_POST(self):
-                take(self.path, self.rfile.read(int(self.headers["Content-Length"])))
-                answer = b'{"accepted": 0}'
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_):
-                pass
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = server.server_port
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def take(self, path, body):
-        clock = json_to_ndarray(json.loads(body)["clock"]).max()
-        with self.lock, contextlib.suppress(NoAnswer):  # where nobody listens, it is lost
-            self.waiting.append((clock, path, body))
-            while self.waiting[0][0] <= clock - self.updates:
-                self.client.call("POST", *self.waiting.popleft()[1:])
 
 
 def follow(group, seconds=None, watch=None, timeout=3600):
