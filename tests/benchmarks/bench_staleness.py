@@ -8,8 +8,9 @@ The delay is made: answers to the output trainer's gradients come late, and it s
 only then. So the newest gradient that a guess was learned from is half as old as --staleness allows
 in the median, and --staleness is twice the staleness asked for. A delayed gradient is always as old
 as --staleness allows. Layer 1 runs in bursts then, so the output trainer skips minibatches; the
-table says how many, and a skipped one gives no gradient. Each way has the best of the same rates, tried in half the updates on a seed
-that is not reported. Writes benchmarks/bench-staleness.md and .png.
+table says how many, and a skipped one gives no gradient. Each way has the best of the same rates,
+tried in half the updates on a seed that is not reported. Writes benchmarks/bench-staleness.md and
+.png.
 """
 from itertools import product
 
