@@ -1,12 +1,12 @@
 """`make bench-delay`: guesses against true gradients that come late, in one process. An hour.
 
 When is a guess better than a true gradient that is `delay` updates old? On the default problem, cut
-after layer 1, and on one whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are noise.
-Each way has its best rate at each delay, of the same ones, found on a seed that is not reported and in
-half the updates. examples/in_process.py holds everything else still: the same options give the same
-numbers, on a busy machine, too. Writes benchmarks/bench-delay.md and .png.
+after layer 1, and on one whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are
+noise. Each way has its best rate at each delay, of the same ones, found on a seed that is not
+reported and in half the updates. examples/in_process.py holds everything else still: the same
+options give the same numbers, on a busy machine, too. bench_staleness.py is the same by processes.
+Writes benchmarks/bench-delay.md and .png.
 """
-import argparse
 import itertools
 import json
 
@@ -16,7 +16,15 @@ from tqdm import tqdm
 from examples import in_process
 from plot import STYLES, png
 from plumbing import data
-from tests.benchmarks.measure import DATA, KEPT, cell, noisy_data, table
+from tests.benchmarks.measure import (
+    DATA,
+    KEPT,
+    SEARCH_SEED,
+    cell,
+    make_parser,
+    noisy_data,
+    table,
+)
 
 DELAYS = 6, 20, 50, 100, 200
 PROBLEMS = {  # name: columns, options, epochs of 1,900 updates
@@ -32,11 +40,11 @@ WAYS = {  # name: --gradients, which oracle, whether it sees y
     "guesses with labels": ("synthetic", 0, True),
     "guesses with labels, small oracle": ("synthetic", 1, True),
     "guesses": ("synthetic", 0, False)}
-SEARCH_SEED = 11
 
 
 def learn(problem, way, delay, rates, seed, epochs):
-    """The held-out MSE of one run: the median over its last three epochs, or the last. Kept on disk."""
+    """The held-out MSE of one run: the median over its last three epochs, or the last. Kept on
+    disk."""
     kept = KEPT / "bench-delay" / f"{problem} {way} {delay} {rates} {seed} {epochs}.json".replace(
         ",", "")
     if kept.exists():
@@ -54,7 +62,8 @@ def learn(problem, way, delay, rates, seed, epochs):
             scores = [score for _, score, *_ in in_process.run(args, data.load(*paths))]
         except FloatingPointError:
             scores = [np.inf]
-    reached = float(np.nan_to_num(np.median(scores[-3:] if epochs > 3 else scores[-1:]), nan=np.inf))
+    reached = np.median(scores[-3:] if epochs > 3 else scores[-1:])
+    reached = float(np.nan_to_num(reached, nan=np.inf))
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(reached))
     return reached
@@ -86,9 +95,7 @@ def draw(figure, results, problems):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
+    parser = make_parser(__doc__)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
     parser.add_argument("--delays", type=int, nargs="+", default=DELAYS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
@@ -102,11 +109,13 @@ def main():
         best = min(found, key=found.get)
         results[problem, way, delay] = best, [
             learn(problem, way, delay, best, seed, epochs) for seed in range(args.seeds)]
-    table("bench-delay", ("network", "gradients", *(f"{delay} updates late" for delay in args.delays)), [
-        (problem, way, *(f"{cell(results[problem, way, delay][1])} at {results[problem, way, delay][0]}"
-                         for delay in args.delays))
+    shown = {case: f"{cell(values)} at {best}" for case, (best, values) in results.items()}
+    late = [f"{delay} updates late" for delay in args.delays]
+    table("bench-delay", ("network", "gradients", *late), [
+        (problem, way, *(shown[problem, way, delay] for delay in args.delays))
         for problem in args.problems for way in args.ways])
-    (KEPT / "bench-delay.png").write_bytes(png(draw, results, args.problems, size=(10, 4.8), dpi=110))
+    (KEPT / "bench-delay.png").write_bytes(png(
+        draw, results, args.problems, size=(10, 4.8), dpi=110))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""`make bench-load`: 20 clients flood a running training with examples and gradients for a minute.
+"""`make bench-load`: 20 clients flood a running training with examples and gradients.
 
-What must hold: memory stays bounded, no thread or connection leaks, the counters add up, the oracle keeps answering.
+What must hold: memory stays bounded, no thread or connection leaks, the counters add up, the oracle
+keeps answering.
 """
 import argparse
 import contextlib
@@ -12,7 +13,8 @@ import time
 import numpy as np
 import psutil
 
-from synthgrad import OracleClient, encode
+from plumbing.wire import encode
+from synthgrad import OracleClient
 from tests.benchmarks.measure import DATA, TARGETS, resident_megabytes, table
 from tests.processes import Three, wait_until
 
@@ -20,7 +22,7 @@ CLIENTS, ROWS, WIDTH = 20, 1000, 24
 
 
 def flood(port, path, body, until, accepted):
-    """One client: the same message again and again; appends how many of its examples were accepted."""
+    """One client: the same message again and again; appends how many examples were accepted."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     while time.monotonic() < until:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -32,10 +34,11 @@ def flood(port, path, body, until, accepted):
 
 
 def messages():
-    """One for the output trainer and one for the oracle, of the sizes and magnitudes that a training has."""
+    """One for the output trainer and one for the oracle, of a training's sizes and magnitudes."""
     rng = np.random.default_rng(0)
     i, h = rng.integers(0, 190_000, ROWS), rng.random((ROWS, WIDTH), "f")
-    y, g = rng.normal(size=(ROWS, 1)).astype("f"), 0.01 * rng.normal(size=(ROWS, WIDTH)).astype("f")
+    y = rng.normal(size=(ROWS, 1)).astype("f")
+    g = 0.01 * rng.normal(size=(ROWS, WIDTH)).astype("f")
     return encode(i=i, h=h, y=y, clock=i), encode(i=i, h=h, y=y, clock=i, gradients=g)
 
 
@@ -45,19 +48,22 @@ def resources(three):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="%(default)s")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60, help="(%(default)s)")
     seconds = parser.parse_args().seconds
     examples, gradients = messages()
     accepted = {"/training_examples": [], "/provide_gradients": []}
-    with tempfile.TemporaryDirectory() as name, Three(name, input=[*DATA, "--num-epochs", 10**6]) as three:
+    with (tempfile.TemporaryDirectory() as name,
+          Three(name, input=[*DATA, "--num-epochs", 10**6]) as three):
         three.start()
         wait_until(lambda: (three.status("input") or {}).get("seconds", 0) > 5, "training to start")
         before, megabytes, latency = resources(three), [resident_megabytes(three)], []
         until = time.monotonic() + seconds
-        threads = [threading.Thread(target=flood, args=(three.port(who), path, body, until, accepted[path]))
-                   for who, path, body in [("output", "/training_examples", examples),
-                                           ("oracle", "/provide_gradients", gradients)] * (CLIENTS // 2)]
+        kinds = [("output", "/training_examples", examples),
+                 ("oracle", "/provide_gradients", gradients)]
+        threads = [threading.Thread(target=flood, args=(three.port(who), path, body, until,
+                                                        accepted[path]))
+                   for who, path, body in kinds * (CLIENTS // 2)]
         for thread in threads:
             thread.start()
         client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
@@ -73,20 +79,29 @@ def main():
             thread.join(60)
         client.session.close()
         with contextlib.suppress(TimeoutError):  # a leak, then: the table shows it
-            wait_until(lambda: all(np.less_equal(resources(three), before)), "connections to be closed", 10)
-        trained = 100 * three.status("input")["updates"] - 20_000  # what the training itself sent, but for what is under way
+            wait_until(lambda: all(np.less_equal(resources(three), before)),
+                       "connections to be closed", 10)
+        # what the training itself sent, but for what is under way
+        trained = three.status("input")["examples_sent"]["sent"] - 20_000
+        told = three.status("output")["gradients"]["sent"] - 20_000
         after, output, oracle = resources(three), three.status("output"), three.status("oracle")
         alive = all(process.poll() is None for process in three.processes.values())
-    counted = all(mine["examples"]["received"] >= sum(accepted[path]) + sent for mine, path, sent in (
-        (output, "/training_examples", trained), (oracle, "/provide_gradients", trained)))
+    counted = all(mine["examples"]["received"] >= sum(accepted[path]) + sent
+                  for mine, path, sent in ((output, "/training_examples", trained),
+                                           (oracle, "/provide_gradients", told)))
     rows = sum(map(sum, accepted.values()))
     p50, p95 = np.percentile(latency, [50, 95])
     table("bench-load", TARGETS, [
-        (f"examples taken from {CLIENTS} flooding clients in {seconds:.0f} s", f"{rows:,}", "–", f"{rows / seconds:,.0f}/s"),
-        ("resident memory of the three, at most", f"{max(megabytes):.0f} MB", "1200 MB", f"{megabytes[0]:.0f} MB before"),
-        ("estimate_gradients meanwhile: median, 95th percentile", f"{p50:.1f} ms, {p95:.1f} ms", "–", f"{len(latency)} questions"),
-        ("threads, open files: before → after", f"{before[0]} → {after[0]}, {before[1]} → {after[1]}", "no growth", ""),
-        ("what was accepted was counted as received; all three alive", f"{counted}; {alive}", "True; True", "")])
+        (f"examples taken from {CLIENTS} flooding clients in {seconds:.0f} s", f"{rows:,}", "–",
+         f"{rows / seconds:,.0f}/s"),
+        ("resident memory of the three, at most", f"{max(megabytes):.0f} MB", "1200 MB",
+         f"{megabytes[0]:.0f} MB before"),
+        ("estimate_gradients meanwhile: median, 95th percentile", f"{p50:.1f} ms, {p95:.1f} ms",
+         "–", f"{len(latency)} questions"),
+        ("threads, open files: before → after",
+         f"{before[0]} → {after[0]}, {before[1]} → {after[1]}", "no growth", ""),
+        ("what was accepted was counted as received; all three alive", f"{counted}; {alive}",
+         "True; True", "")])
 
 
 if __name__ == "__main__":

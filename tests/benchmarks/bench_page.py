@@ -1,13 +1,14 @@
-"""`make bench-page`: what a browser on the live page costs: the MSE after 8 epochs with one, over that without.
+"""`make bench-page`: what a browser on the live page costs: the MSE after 8 epochs with one, over
+that without.
 
-The viewer asks what the page's script asks, as often, and draws nothing; the page's own process draws. Six minutes.
+The viewer asks what the page's script asks, as often, and draws nothing; the page's own process
+draws. Six minutes.
 """
-import argparse
 import contextlib
 import subprocess
 import sys
 
-from tests.benchmarks.measure import TARGETS, Runs, final, ratio, run_three, table
+from tests.benchmarks.measure import TARGETS, Runs, final, make_parser, ratio, run_three, table
 from tests.processes import end, free_ports, start, wait_until
 
 VIEWER = """
@@ -28,7 +29,8 @@ def looked_at(folder):
     port = free_ports(1)[0]
     page = start("plot.py", "--live", folder / "progress", "--port", port, log=folder / "page.log")
     wait_until(lambda: str(port) in (folder / "page.log").read_text(), "the live page")
-    viewer = subprocess.Popen([sys.executable, "-c", VIEWER, f"http://127.0.0.1:{port}/"], start_new_session=True)
+    viewer = subprocess.Popen([sys.executable, "-c", VIEWER, f"http://127.0.0.1:{port}/"],
+                              start_new_session=True)
     try:
         yield
         assert viewer.poll() is None
@@ -37,26 +39,27 @@ def looked_at(folder):
         end(page)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
-    seeds = parser.parse_args().seeds
-    runs, alone, watched = Runs("bench-page", 2 * seeds), [], []
-    for seed in range(seeds):
-        def run(folder):
-            run_three(folder, seed=seed, input=["--num-epochs", 8])
+def alone(folder, seed):
+    run_three(folder, seed=seed, input=["--num-epochs", 8])
 
-        def run_watched(folder):
-            with looked_at(folder):
-                run(folder)
-        alone.append(runs.get("alone", seed, run))
-        watched.append(runs.get("watched", seed, run_watched))
+
+def watched(folder, seed):
+    with looked_at(folder):
+        alone(folder, seed)
+
+
+def main():
+    seeds = make_parser(__doc__).parse_args().seeds
+    runs = Runs("bench-page", 2 * seeds)
+    pairs = [[runs.get(run.__name__, seed, run) for run in (watched, alone)]
+             for seed in range(seeds)]
+    scores = [list(map(final, group)) for group in zip(*pairs, strict=True)]
+    seconds = [[each["seconds"][-1] for each in group] for group in zip(*pairs, strict=True)]
+    value, all_pairs = ratio(*scores)
     table("bench-page", TARGETS, [
-        ("MSE after 8 epochs with a browser on the live page, over that without", *ratio(
-            list(map(final, watched)), list(map(final, alone)))[:1], "1.1", ratio(
-            list(map(final, watched)), list(map(final, alone)))[1]),
-        ("seconds with, over those without", *ratio([each["seconds"][-1] for each in watched],
-                                                    [each["seconds"][-1] for each in alone], ".0f")[:1], "–", "")])
+        ("MSE after 8 epochs with a browser on the live page, over that without", value, "1.1",
+         all_pairs),
+        ("seconds with, over those without", ratio(*seconds)[0], "–", "")])
 
 
 if __name__ == "__main__":

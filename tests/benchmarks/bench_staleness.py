@@ -1,70 +1,112 @@
-"""`make bench-staleness`: the final MSE against the bound on staleness and against the learning rate: where does the
-control loop begin to swing? Twenty minutes for three seeds. Writes benchmarks/bench-staleness.md and .png.
+"""`make bench-staleness`: guesses against true gradients that come late, by processes. 45 minutes.
 
-Guesses are hardly ever as stale as they may be, so here the oracle is about as far away as the bound: the output trainer
-waits 1/300 s for each update of the bound (500, where there is none) before it sends the next gradients. `--replay`
-instead tries what replay gives, on another target and other seeds.
+bench_delay.py asks this in one process; here three processes, or two for delayed gradients, answer
+for two delays where the lower part is deep: 10-64-64-64 | 64-64-1 with eight inputs of noise. For
+the default problem at other delays: ARGS="--problems default --staleness 10 20 50 100 200".
+
+The delay is made: answers to the output trainer's gradients come late, and it sends the next ones
+only then. So the newest gradient that a guess was learned from is half as old as --staleness allows
+in the median, and --staleness is twice the staleness asked for. A delayed gradient is always as old
+as --staleness allows. Layer 1 runs in bursts then, so the output trainer skips minibatches; the
+table says how many, and a skipped one gives no gradient. Each way has the best of the same rates,
+tried in half the updates on a seed that is not reported. Writes benchmarks/bench-staleness.md and
+.png.
 """
-import argparse
-import itertools
+from itertools import product
 
 import numpy as np
 from matplotlib.ticker import LogLocator
 
 from plot import STYLES, png
-from tests.benchmarks.measure import KEPT, Runs, cell, final, other_target, run_three, swing, table
+from tests.benchmarks.measure import (
+    DATA,
+    KEPT,
+    SEARCH_SEED,
+    Runs,
+    cell,
+    final,
+    make_parser,
+    noisy_data,
+    run_three,
+    swing,
+    table,
+)
 
-BOUNDS, RATES, NONE = (10, 20, 50, 100, 200, 10**6), (1.0, 3.0), 10**6
-REPLAYS = (1, 2, 4, 8, 16)
+PER_SECOND = 150  # updates; slower than layer 1 could be, so that --staleness is what limits it
+PROBLEMS = {  # name: options of the input trainer, the output trainer and the oracle; rates
+    "deep": (["--layers", 10, 64, 64, 64, "--warm-up", 300],
+             ["--layers", 64, 64, 1, "--replay", 4], ["--layers", 64, 64, 64, "--replay", 4],
+             ((0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0))),
+    "default": ([], [], [], ((0.4, 0.9), (1.0, 0.0), (3.0, 0.0), (6.0, 0.0)))}
+WAYS = {  # name: --gradients, options of the oracle
+    "true gradients, delayed": ("delayed", []),
+    "guesses with labels": ("synthetic", ["--condition-on-labels"]),
+    "guesses": ("synthetic", [])}
 
 
-def draw(figure, reached):
-    """Median and range of the final MSE, and of the swing, against the bound, by rate."""
-    names = [f"{'none' if bound == NONE else bound}\n({np.median([run[0] for rate in RATES for run in reached[bound, rate]]):.0f})"
-             for bound in BOUNDS]
-    for axes, n, label in zip(figure.subplots(1, 2), (1, 2), ("held-out MSE", "highest ÷ lowest row of the last third")):
-        for shift, (color, style), rate in zip((-0.06, 0.06), STYLES, RATES):
-            values = np.array([[run[n] for run in reached[bound, rate]] for bound in BOUNDS])
-            median = np.median(values, axis=1)
-            axes.errorbar(np.arange(len(BOUNDS)) + shift, median, [median - values.min(axis=1), values.max(axis=1) - median],
-                          color=color, linestyle=style, marker="o", capsize=3, label=f"learning rate {rate:g}")
-        axes.set(xlabel="--staleness, updates (and the median of what there was)", ylabel=label, yscale="log",
-                 xticks=range(len(BOUNDS)), xticklabels=names)
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}", minor_formatter="")
+def learn(folder, problem, way, staleness, rates, epochs, seed):
+    below, above, oracle, _ = PROBLEMS[problem]
+    kind, labels = WAYS[way]
+    bound = staleness if kind == "delayed" else 2 * staleness
+    run_three(folder, seed=seed, data=DATA if problem == "default" else noisy_data(KEPT / "noisy"),
+              late=bound / PER_SECOND, oracle=[*oracle, *labels], output=above,
+              input=[*below, "--gradients", kind, "--staleness", bound, "--num-epochs", epochs,
+                     "--learning-rate", rates[0], "--momentum", rates[1]])
+
+
+def draw(figure, results, problems):
+    """The final MSE against the median staleness, median and range, by problem and way."""
+    for axes, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems,
+                             strict=True):
+        for (color, style), way in zip(STYLES, WAYS, strict=False):
+            points = np.array([
+                (np.median([np.nanmedian(each["staleness"][1:]) for each in group]),
+                 *np.percentile(list(map(final, group)), (0, 50, 100)))
+                for (p, w, _), (_, group) in results.items() if (p, w) == (problem, way)])
+            if len(points):
+                stale, low, median, high = points.T
+                axes.errorbar(stale, median, [median - low, high - median], color=color,
+                              linestyle=style, marker="o", capsize=3, label=way)
+        axes.set(xlabel="median staleness, updates", ylabel="held-out MSE", yscale="log",
+                 title=problem)
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}",
+                       minor_formatter="")
         axes.grid(True, which="both", alpha=0.25)
-        axes.legend()
+        axes.legend(fontsize=8)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
+    parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=4, help="of a run (%(default)s)")
-    parser.add_argument("--replay", action="store_true", help="choose the defaults, on another target")
+    parser.add_argument("--problems", nargs="+", default=["deep"], choices=PROBLEMS)
+    parser.add_argument("--staleness", type=int, nargs="+", default=[20, 50],
+                        help="updates (%(default)s)")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS)[:2], choices=WAYS)
     args = parser.parse_args()
-    if args.replay:
-        data, seeds = other_target(KEPT / "other"), range(11, 11 + args.seeds)
-        runs, reached = Runs("bench-replay", len(REPLAYS) * args.seeds), {}
-        for seed, replay in itertools.product(seeds, REPLAYS):
-            reached.setdefault(replay, []).append(runs.get(f"replay {replay}", seed, lambda folder: run_three(
-                folder, seed=seed, data=data, oracle=["--replay", replay], output=["--replay", replay],
-                input=["--num-epochs", args.epochs])))
-        return table("bench-replay", ("--replay of both", "MSE on another target", "highest over lowest row of the last third",
-                                      "seconds"), [
-            (replay, cell(list(map(final, each))), cell(list(map(swing, each)), ".2f"),
-             cell([metrics["seconds"][-1] for metrics in each], ".0f")) for replay, each in reached.items()])
-    runs, reached = Runs("bench-staleness", len(BOUNDS) * len(RATES) * args.seeds), {}
-    for seed, bound, rate in itertools.product(range(args.seeds), BOUNDS, RATES):
-        metrics = runs.get(f"bound {bound} rate {rate}", seed, lambda folder: run_three(
-            folder, seed=seed, late=min(bound, 500) / 300, input=[
-                "--num-epochs", args.epochs, "--staleness", bound, "--learning-rate", rate]))
-        reached.setdefault((bound, rate), []).append((
-            np.median(metrics["staleness"][1:]), final(metrics), swing(metrics), metrics["seconds"][-1]))
-    table("bench-staleness", ("--staleness", "learning rate", "median staleness", f"MSE after {args.epochs} epochs",
-                              "highest over lowest row of the last third", "seconds"), [
-        ("none" if bound == NONE else bound, rate, *(cell(column, form) for column, form in zip(
-            zip(*each), (".0f", ".4f", ".2f", ".0f"))))
-        for (bound, rate), each in reached.items()])
-    (KEPT / "bench-staleness.png").write_bytes(png(draw, reached, size=(10, 4.2), dpi=110))
+    cases, results = list(product(args.problems, args.ways, args.staleness)), {}
+    runs = Runs("bench-staleness", len(cases) * args.seeds
+                + sum(len(PROBLEMS[problem][-1]) for problem, *_ in cases))
+    half = max(1, args.epochs // 2)
+    for problem, way, staleness in cases:
+        def score(rates, case=(problem, way, staleness)):
+            return runs.score(f"{case} {rates} {half} epochs".replace("'", ""), SEARCH_SEED, learn,
+                              *case, rates, half)
+        best = min(PROBLEMS[problem][-1], key=score)
+        results[problem, way, staleness] = best, [runs.get(
+            f"{problem} {way} {staleness} {best} {args.epochs} epochs", seed, learn, problem, way,
+            staleness, best, args.epochs) for seed in range(args.seeds)]
+    table("bench-staleness", (
+        "network", "gradients", "staleness asked for", "measured", "rate, momentum",
+        f"MSE after {args.epochs} epochs", "highest over lowest row of the last third",
+        "minibatches", "of them skipped above", "seconds"),
+        [(*case, cell([np.nanmedian(each["staleness"][1:]) for each in group], ".0f"), best,
+          cell(list(map(final, group))), cell(list(map(swing, group)), ".2f"),
+          f"{np.median([each['updates'][-1] for each in group]):,.0f}",
+          cell([each["status"]["output"]["skipped"] for each in group], ",.0f"),
+          cell([each["seconds"][-1] for each in group], ".0f"))
+         for case, (best, group) in results.items()])
+    (KEPT / "bench-staleness.png").write_bytes(png(
+        draw, results, args.problems, size=(6 * len(args.problems), 4.5), dpi=110))
 
 
 if __name__ == "__main__":

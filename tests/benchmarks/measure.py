@@ -1,9 +1,12 @@
-"""What the benchmarks share: runs of the baseline and of the three processes, other programs, ratios, tables.
+"""What the benchmarks share: runs of sgd.py, of the three processes and of a chain of them, ratios,
+tables.
 
-Every process is started as a terminal starts it. Finished runs are kept in benchmarks/, so that a command can be
-interrupted and started again, and two commands share what they both need.
+Every process is started as a terminal starts it. Finished runs are kept in benchmarks/, so that a
+command can be interrupted and started again.
 """
+import argparse
 import contextlib
+import json
 import os
 import platform
 import shutil
@@ -16,43 +19,87 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from plumbing.runs import read_metrics
-from tests.processes import DEADLINE, ROOT, Three, end, start, wait_until
+from plumbing.runs import read_json, read_metrics
+from tests.processes import DEADLINE, ROOT, Three, end, free_ports, start, wait_until
 
 DATA = [ROOT / "x.npy", ROOT / "y.npy"]
 KEPT = ROOT / "benchmarks"
+SEARCH_SEED = 11  # rates are chosen on it; it is not reported
+TARGETS = "what", "measured", "at most", ""
+
+
+def make_parser(doc, seeds=3):
+    """A benchmark's options; all have --seeds."""
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds, help="(%(default)s)")
+    return parser
 
 
 def machine():
     """One line that says where this was measured: cores and versions only."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "tensorflow", "keras", "flask", "requests"))
-    return f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
+    names = "numpy", "tensorflow", "keras", "flask", "requests"
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
+    return (f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
+            f"{packages}")
 
 
-def other_target(folder):
-    """Paths of 200,000 examples of another function, for choosing defaults: those of the reported one stay unseen."""
+# ---- data ----
+
+
+def save_target(folder, seed, target):
+    """Paths of 200,000 examples of z = target(x1, x2), its mean removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    x = np.random.default_rng(77).uniform(-1, 1, (200_000, 2)).astype(np.float32)
-    z = 0.6 * np.sin(3 * x[:, 0] + 2 * np.sin(3 * x[:, 1])) + 0.4 * np.cos(5 * x[:, 0] * x[:, 1])
+    x = np.random.default_rng(seed).uniform(-1, 1, (200_000, 2)).astype(np.float32)
+    z = target(*x.T)
     np.save(folder / "x.npy", x)
     np.save(folder / "y.npy", z - z.mean())
     return folder / "x.npy", folder / "y.npy"
 
 
+def other_target(folder):
+    """Another function than the reported one, for choosing defaults."""
+    return save_target(folder, 77, lambda a, b: (
+        0.6 * np.sin(3 * a + 2 * np.sin(3 * b)) + 0.4 * np.cos(5 * a * b)))
+
+
+def another_target(folder):
+    """A third function, with more detail: here it matters that layer 1 learns."""
+    return save_target(folder, 78, lambda a, b: (
+        0.5 * np.sin(7 * a + 3 * np.cos(4 * b)) + 0.4 * np.cos(6 * (a + b) + 4 * a * b)))
+
+
 def noisy_data(folder, columns=10):
-    """Paths of the default problem with columns of noise beside the two that count, so that layer 1 must learn."""
+    """Paths of the default problem with columns of noise beside the two that count, so that layer 1
+    must learn."""
     folder.mkdir(parents=True, exist_ok=True)
     x = np.load(DATA[0])
-    noise = np.random.default_rng(0).uniform(-1, 1, (len(x), columns - x.shape[1])).astype(np.float32)
-    np.save(folder / "x.npy", np.column_stack([x, noise]))
+    noise = np.random.default_rng(0).uniform(-1, 1, (len(x), columns - x.shape[1]))
+    np.save(folder / "x.npy", np.column_stack([x, noise.astype(np.float32)]))
     return folder / "x.npy", DATA[1]
+
+
+def digits_data(folder, file=None):
+    """Paths of MNIST, from a file in the form of Keras' mnist.npz if one is given, and how many
+    examples at the end are for testing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = subprocess.run([sys.executable, ROOT / "generate.py", "--digits",
+                           *([file] if file else []), "--dir", folder],
+                          capture_output=True, text=True)
+    if made.returncode:
+        sys.exit(made.stderr)
+    held_out = int(made.stdout.split("--held-out ")[1].split(":")[0])
+    return (folder / "x.npy", folder / "y.npy"), held_out
+
+
+# ---- runs ----
 
 
 @contextlib.contextmanager
 def busy(cores, same_session=False):
     """Other programs that take so many cores: in a session of their own, or in this one."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=not same_session)
-              for _ in range(cores)]
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"],
+                               start_new_session=not same_session) for _ in range(cores)]
     try:
         yield
     finally:
@@ -61,70 +108,180 @@ def busy(cores, same_session=False):
             other.wait()
 
 
-def run_sgd(folder, *options, data=DATA, timeout=3600):
+def run_sgd(folder, *options, seed=0, data=DATA, timeout=3600):
     """One run of sgd.py in `folder`."""
-    process = start("sgd.py", *data, "--progress-dir", folder / "progress", *options, log=folder / "sgd.log")
+    process = start("sgd.py", *data, "--progress-dir", folder / "progress", "--seed", seed,
+                    *options, log=folder / "sgd.log")
     try:
         assert process.wait(timeout) == 0, (folder / "sgd.log").read_text()
     finally:
         end(process)
 
 
-def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data=DATA, delay=0, late=0, session=True, watch=None,
-              timeout=3600):
-    """One decoupled run in `folder`, rows every 2 s; it ends by itself or after `seconds` of training.
+def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data=DATA, delay=0,
+              late=0, session=True, watch=None, timeout=3600):
+    """One decoupled run in `folder`, rows every 2 s; it ends by itself or after `seconds` of
+    training.
 
-    delay: seconds that the output trainer's answers to the input trainer are late; late: the oracle's to the output
-    trainer, which sends the next gradients only then. session: each process has one of its
-    own. watch(three) is called every half second while it trains. Writes ready.txt: seconds until training began.
+    delay: seconds that the output trainer's answers to the input trainer are late.
+    late: seconds that the answers to the output trainer's gradients are late. It sends the next
+    ones only then. session: each process has one of its own. watch: see follow().
+    With --gradients delayed no oracle runs; the gradients go to the input trainer.
     """
     seeds, endless = ["--seed", seed], ["--num-epochs", 10**6] if seconds else []
-    three = Three(folder, [*oracle, *seeds], [*output, *seeds], [*data, "--snapshot-seconds", 2, *endless, *input, *seeds],
-                  session=session)
+    three = Three(folder, [*oracle, *seeds], [*output, *seeds],
+                  [*data, "--snapshot-seconds", 2, *endless, *input, *seeds], session=session)
+    gradients_to = three.port("oracle")
+    if "delayed" in input:
+        gradients_to = three.port("input")
+        three.to_oracle.target = gradients_to
+    if late:
+        three.to_oracle.delay, gradients_to = late, three.to_oracle.port
+    three.commands["output"] += ["--oracle-server", f"127.0.0.1:{gradients_to}"]
     if delay:
         three.to_output.delay = delay
         three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
-    if late:
-        three.to_oracle.delay = late
-        three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.to_oracle.port}"]
     with three:
-        three.start()
-        began = time.monotonic()
-        wait_until(lambda: (three.status("input") or {}).get("updates"), f"training to start ({folder})", 5 * DEADLINE)
-        (folder / "ready.txt").write_text(f"{time.monotonic() - began:.1f}")
+        three.start(*[name for name in three.commands
+                      if name != "oracle" or "delayed" not in input])
+        follow(three, seconds, watch, timeout)
 
-        def over():
-            state = three.status("input") or {}
-            if watch and state.get("updates"):
-                watch(three)
-            return three.processes["input"].poll() is not None or seconds and state.get("seconds", 0) >= seconds
-        wait_until(over, f"the run in {folder} to end", timeout, pause=0.5)
-        assert end(three.processes["input"]) == 0, three.log("input")
+
+def follow(group, seconds=None, watch=None, timeout=3600):
+    """Until the run ends, by itself or after `seconds` of training. AssertionError if a process
+    ends before.
+
+    watch(group) is called every half second while it trains. Writes ready.txt, seconds until
+    training began, and status.json, what every process says of itself at the end.
+    """
+    def state():
+        return group.status("input") or {}
+
+    def check_others():
+        for name, process in group.processes.items():
+            assert name == "input" or process.poll() is None, group.log(name)
+
+    def begun():
+        check_others()
+        return state().get("updates") or group.processes["input"].poll() is not None
+
+    def over():
+        check_others()
+        now = state()
+        if watch and now.get("updates"):
+            watch(group)
+        return (group.processes["input"].poll() is not None
+                or seconds and now.get("seconds", 0) >= seconds)
+    began = time.monotonic()
+    wait_until(begun, f"training to start ({group.folder})", 5 * DEADLINE)
+    (group.folder / "ready.txt").write_text(f"{time.monotonic() - began:.1f}")
+    wait_until(over, f"the run in {group.folder} to end", timeout, pause=0.5)
+    (group.folder / "status.json").write_text(json.dumps(
+        {name: group.status(name) for name in group.processes}))
+    assert end(group.processes["input"]) == 0, group.log("input")
+
+
+class Chain(Three):
+    """A chain of parts, each a process, with an oracle for each link, and their logs in `folder`.
+
+    parts: the widths of each, the input trainer's first: [[2, 24], [24, 12], [12, 1]]. Names:
+    oracle1, oracle2 (the lowest link's first), output, middle1, input. With true gradients no
+    oracle runs.
+    """
+
+    def __init__(self, folder, parts, gradients="synthetic", labels=0, oracle_layers=(64, 64),
+                 oracle=(), output=(), middle=(), input=()):
+        self.folder, self.session = folder, True
+        self.progress, self.processes, self.commands = folder / "progress", {}, {}
+        last = len(parts) - 1
+        ports = free_ports(2 * last + 1)
+        oracles, trainers = ports[:last], ports[last:]
+        self.ports = {f"oracle{n + 1}": port for n, port in enumerate(oracles)} | {
+            "output": trainers[last]} | {f"middle{n}": trainers[n] for n in range(1, last)} | {
+            "input": trainers[0]}
+        sees_labels = ["--condition-on-labels", labels] if labels else []
+
+        def add(name, script, layers, *options, **servers):
+            servers = [word for option, port in servers.items()
+                       for word in (f"--{option.replace('_', '-')}", f"127.0.0.1:{port}")]
+            self.commands[name] = [script, "--port", self.ports[name], "--layers", *layers,
+                                   *servers, *options]
+        if gradients != "true":
+            for n, (*_, width) in enumerate(parts[:-1], 1):
+                add(f"oracle{n}", "oracle.py", [width, *oracle_layers, width], *sees_labels,
+                    *oracle)
+        add("output", "train_output.py", parts[-1], "--progress-dir", folder / "output_progress",
+            *output, oracle_server=oracles[-1])
+        for n in range(last - 1, 0, -1):
+            add(f"middle{n}", "train_middle.py", parts[n], "--gradients", gradients,
+                "--progress-dir", folder / f"middle{n}_progress", *middle,
+                oracle_server=oracles[n], lower_oracle_server=oracles[n - 1],
+                output_server=trainers[n + 1])
+        add("input", "train_input.py", parts[0], *input, "--gradients", gradients,
+            "--progress-dir", self.progress, oracle_server=oracles[0], output_server=trainers[1])
+
+    def port(self, name):
+        return self.ports[name]
+
+    def __exit__(self, *_):
+        for name in reversed(self.processes):  # from below, so that a last snapshot is complete
+            end(self.processes[name])
+
+
+def run_chain(folder, parts, seed=0, epochs=8, data=DATA, oracle=(), output=(), middle=(),
+              input=(), watch=None, timeout=3600, **options):
+    """One run of a chain of processes in `folder`, rows every 2 s. options: see Chain."""
+    seeds = ["--seed", seed]
+    chain = Chain(folder, parts, oracle=[*oracle, *seeds], output=[*output, *seeds],
+                  middle=[*middle, *seeds], **options,
+                  input=[*data, "--snapshot-seconds", 2, "--num-epochs", epochs, *input, *seeds])
+    with chain:
+        chain.start()
+        follow(chain, None, watch, timeout)
 
 
 class Runs:
-    """The runs of one command, kept in benchmarks/COMMAND/NAME_SEED; a bar shows how many of `total` are done."""
+    """The runs of one command, kept in benchmarks/COMMAND/NAME_SEED; a bar shows how many of
+    `total` are done."""
 
     def __init__(self, command, total):
         self.folder, self.bar = KEPT / command, tqdm(total=total, unit="run", desc=command)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, name, seed, run):
-        """The metrics of that run, in whose folder run(folder) is called unless it has finished before."""
-        place = self.folder / f"{name}_{seed}".replace(" ", "_").replace(",", "").replace("|", "_")
+    def place(self, name, seed):
+        return self.folder / f"{name}_{seed}".translate(str.maketrans(" |/", "___", ",()[]"))
+
+    def get(self, name, seed, run, *args, **options):
+        """The metrics of that run. Unless it has finished before, run(folder, *args, seed=seed,
+        **options) is called."""
+        place = self.place(name, seed)
         self.bar.set_postfix_str(f"{name}, seed {seed}")
         if not (place / "finished").exists():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
-            run(place)
+            run(place, *args, seed=seed, **options)
             (place / "finished").touch()
         self.bar.update()
-        return read_metrics(place / "progress") | {"ready": float((place / "ready.txt").read_text())
-                                                   if (place / "ready.txt").exists() else np.nan}
+        ready = place / "ready.txt"
+        return read_metrics(place / "progress") | {
+            "ready": float(ready.read_text()) if ready.exists() else np.nan,
+            "status": read_json(place / "status.json")}
+
+    def score(self, *args, **options):
+        """What get() gives has reached; infinity if it diverged."""
+        try:
+            return final(self.get(*args, **options))
+        except AssertionError:
+            self.bar.update()
+            return np.inf
+
+
+# ---- numbers and tables ----
 
 
 def final(metrics, rows=3):
-    """What a run has reached: the median of its last rows. sgd.py's is its last: its rows are whole epochs."""
+    """What a run has reached: the median of its last rows. sgd.py's rows are whole epochs, and its
+    last one counts."""
     score = metrics["test_mse" if "test_mse" in metrics else "test_error"]
     return float(np.median(score[-rows:])) if "staleness" in metrics else float(score[-1])
 
@@ -136,7 +293,8 @@ def swing(metrics):
 
 
 def time_to(metrics, mse):
-    """Seconds until the held-out MSE was at most `mse` in two rows running; infinity if it never was."""
+    """Seconds until the held-out MSE was at most `mse` in two rows running; infinity if it
+    never was."""
     reached = metrics["test_mse"] <= mse
     twice = np.flatnonzero(reached[:-1] & reached[1:])
     return float(metrics["seconds"][twice[0]]) if len(twice) else np.inf
@@ -150,20 +308,19 @@ def cell(values, form=".4f"):
 def ratio(mine, theirs, form=".4f"):
     """The median of the pairs' ratios, and the pairs."""
     return (f"{np.median(np.divide(mine, theirs)):.2f}",
-            ", ".join(f"{a:{form}}/{b:{form}}" for a, b in zip(mine, theirs)))
+            ", ".join(f"{a:{form}}/{b:{form}}" for a, b in zip(mine, theirs, strict=True)))
 
 
 def resident_megabytes(three):
-    return sum(psutil.Process(process.pid).memory_info().rss for process in three.processes.values()) / 1e6
+    return sum(psutil.Process(process.pid).memory_info().rss
+               for process in three.processes.values()) / 1e6
 
 
 def table(command, header, rows):
-    """Prints a Markdown table under a line that says where it was measured, and keeps it in benchmarks/COMMAND.md."""
-    text = "\n".join([machine(), "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header),
-                      *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+    """Prints a Markdown table under a line that says where it was measured, and keeps it in
+    benchmarks/COMMAND.md."""
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join([machine(), "", *(f"| {' | '.join(map(str, line))} |" for line in lines), ""])
     KEPT.mkdir(exist_ok=True)
     (KEPT / f"{command}.md").write_text(text)
     print(f"\n{text}")
-
-
-TARGETS = "what", "measured", "at most", ""
