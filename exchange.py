@@ -22,7 +22,7 @@ from plumbing.wire import NoAnswer
 from sgd import descend
 
 THROW_AGAIN = 0.5  # seconds between two times that minibatches are thrown again
-BACKLOG = 400      # examples that may wait to be trained on
+BACKLOG = 800      # examples that may wait to be trained on
 
 
 class Part:
