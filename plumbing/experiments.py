@@ -7,10 +7,11 @@ import sys
 
 from plumbing import launch, runs
 
-FAST = ["--learning-rate", "0.4", "--momentum", "0.9", "--warm-up", "0"]  # true gradients
+FAST = ["--learning-rate", "0.4", "--momentum", "0.9", "--warm-up", "0"]  # of true ones
 EXPERIMENTS = {
     "guesses": [], "labels": ["--condition-on-labels"], "true": ["--gradients", "true", *FAST],
-    "delayed": ["--gradients", "delayed", "--staleness", "4", *FAST], "zero": ["--gradients", "zero"],
+    "delayed": ["--gradients", "delayed", "--staleness", "4", *FAST],
+    "zero": ["--gradients", "zero"],
     "shuffled": ["--gradients", "shuffled"]}
 
 
