@@ -245,7 +245,7 @@ def main():
 
 def run(args, loaded, progress, tqdm):
     """Train with a progress bar, and write a row and a snapshot after each epoch."""
-    x, y, x_test, y_test = loaded.arrays
+    x, y, x_test, y_test = loaded
     layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]))
     per_epoch, examples, epoch = -(-len(x) // args.batch_size), 0, 0
     order = minibatches(len(x), args.batch_size, args.num_epochs, args.seed)
