@@ -1,4 +1,5 @@
 """What several tests share: small data, and real processes."""
+import plumbing  # noqa: F401, first: it sets the threads of NumPy
 import numpy as np
 import pytest
 

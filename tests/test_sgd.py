@@ -222,7 +222,7 @@ def run_sgd(monkeypatch, *args):
 
 
 def test_sgd_learns_and_writes_metrics_and_snapshots(tmp_path, small_data, monkeypatch):
-    run_sgd(monkeypatch, *small_data, "--num-epochs", 8, "--learning-rate", 1, "--batch-size", 10,
+    run_sgd(monkeypatch, *small_data, "--num-epochs", 8, "--learning-rate", 0.3, "--batch-size", 4,
             "--progress-dir", tmp_path / "run")
     rows = runs.read_rows(tmp_path / "run")
     assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
