@@ -71,7 +71,7 @@ def test_only_its_own_names_reach_a_process(host, status):
 
 @pytest.mark.parametrize("host", ["[1:2]", "[1:2]:5001", "evil.example", "["])
 def test_a_bad_host_is_refused_by_the_real_server_too(host, serve):
-    connection = http.client.HTTPConnection("127.0.0.1", serve(make_app(token="s3cret")))
+    connection = http.client.HTTPConnection("127.0.0.1", serve(make_app(token="s3cret"), token="s3cret"))
     connection.request("GET", "/status", headers={"Host": host})
     answer = connection.getresponse()
     assert answer.status in (400, 403) and b"Traceback" not in answer.read()
@@ -114,7 +114,7 @@ def test_a_token_is_read_from_a_file_and_one_that_no_header_can_carry_is_refused
 
 @pytest.mark.parametrize("header", ["Content-Length: 30000000", "Transfer-Encoding: chunked"])
 def test_the_body_of_a_request_that_is_refused_is_not_read(header, serve):
-    port = serve(make_app(token="s3cret"))
+    port = serve(make_app(token="s3cret"), token="s3cret")
     for wrong in ("Authorization: Bearer wrong", "Host: evil.example"):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             host = "" if "Host" in wrong else "Host: localhost\r\n"
@@ -127,7 +127,7 @@ def test_the_body_of_a_request_that_is_refused_is_not_read(header, serve):
 
 
 def test_a_good_request_is_answered_by_the_real_server(serve):
-    port = serve(make_app(token="s3cret"))
+    port = serve(make_app(token="s3cret"), token="s3cret")
     connection = http.client.HTTPConnection("127.0.0.1", port)
     body = encode(h=np.zeros((2, 3), "f"), y=np.zeros((2, 1), "f"))
     for _ in range(2):  # over one connection
