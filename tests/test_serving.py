@@ -71,7 +71,8 @@ def test_only_its_own_names_reach_a_process(host, status):
 
 @pytest.mark.parametrize("host", ["[1:2]", "[1:2]:5001", "evil.example", "["])
 def test_a_bad_host_is_refused_by_the_real_server_too(host, serve):
-    connection = http.client.HTTPConnection("127.0.0.1", serve(make_app(token="s3cret"), token="s3cret"))
+    port = serve(make_app(token="s3cret"), token="s3cret")
+    connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", "/status", headers={"Host": host})
     answer = connection.getresponse()
     assert answer.status in (400, 403) and b"Traceback" not in answer.read()
