@@ -160,6 +160,7 @@ def test_delayed_gradients_are_applied_once_each_in_their_order_delay_updates_la
         assert any_gradient == (clock >= delay)
 
 
+@pytest.mark.tensorflow
 def test_an_untrained_oracle_equals_zero_gradients_bit_for_bit(loaded):
     """The real oracle, whose first true gradient would arrive after the last update."""
     late = ["--delay", 10_000, "--num-epochs", 1]
@@ -177,6 +178,7 @@ def test_the_same_options_give_the_same_bits_and_another_seed_does_not(gradients
     assert differ(trained(loaded, *options), trained(loaded, *options, "--seed", 1))
 
 
+@pytest.mark.tensorflow
 def test_the_same_options_give_the_same_bits_with_the_real_oracle(loaded):
     options = ["--num-epochs", 1, "--condition-on-labels"]
     assert same(trained(loaded, *options), trained(loaded, *options))
@@ -191,6 +193,7 @@ def test_nothing_that_the_oracle_does_changes_a_trainers_weights(loaded, linear,
     assert same(*reached)
 
 
+@pytest.mark.tensorflow
 def test_the_oracle_writes_to_no_array_that_it_is_given(loaded):
     model, rng = oracle.Oracle([6, 4, 6], 0.01, 10, seed=0), np.random.default_rng(0)
     h, g = rng.random((100, 6), "f"), rng.normal(size=(100, 6)).astype("f")

@@ -12,6 +12,7 @@ from plumbing.wire import Refused
 from synthgrad import OracleClient
 from tests.processes import ROOT, Three
 
+pytestmark = pytest.mark.tensorflow
 BATCH = 10
 N = BATCH * STEPS
 

@@ -68,6 +68,7 @@ def test_backprop_matches_finite_differences(network):
         assert g[index] / len(x) == pytest.approx(slope, abs=1e-8)
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("k", [1, 10])
 def test_backprop_matches_keras_gradients(k):
     import keras
