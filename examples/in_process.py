@@ -39,7 +39,8 @@ class Link:
         replay = args.replay if kind is None else 0  # a middle part does not replay
         self.arrivals = Arrivals(Replay(args.keep, replay), args.batch_size, rng)
         self.late = collections.deque()     # true gradients on their way to the oracle
-        self.examples, self.rng = Replay(oracle.DEFAULTS["keep"], args.oracle_replay), rng
+        self.examples = Replay(oracle.DEFAULTS["keep"], args.oracle_replay)
+        self.rng = np.random.default_rng([args.seed, 3, width])
         self.oracle = oracle.Oracle([width + self.labels, *args.oracle_layers, width],
                                     args.oracle_rate, args.batch_size, args.seed)
         self.delayed = train_input.Delayed([], args.staleness)

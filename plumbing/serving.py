@@ -233,8 +233,9 @@ def serve(app, listener, args):
             super().parse_header(header)
             given = self.headers.get("HOST", ""), self.headers.get("AUTHORIZATION")
             if refusal(*given, names, args.token):
-                self.body_rcv, self.content_length, self.connection_close = None, 0, True
+                self.body_rcv, self.content_length = None, 0
                 self.headers.pop("CONTENT_LENGTH", None)
+                self.headers["CONNECTION"] = "close"  # what follows is the body
 
     class Channel(HTTPChannel):
         parser_class = Parser

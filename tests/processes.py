@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 from plumbing.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 60  # seconds that anything here is waited for
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy from the environment
+# without a proxy from the environment
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_ports(count):
@@ -27,16 +29,19 @@ def free_ports(count):
         return [each.getsockname()[1] for each in sockets]
 
 
-def start(script, *args, log=None, cwd=None, prefix=(), session=True):
-    """One of the project's programs, as a terminal starts it: in a session of its own, and nothing else is set.
+def start(script, *args, log=None, cwd=None, prefix=(), session=True, **options):
+    """One of the project's programs, as a terminal starts it: in a session of its own, and nothing
+    else is set.
 
-    Linux shares the cores out between sessions first (autogroup), so this is part of what is measured.
+    Linux shares the cores out between sessions first (autogroup), so this is part of what is
+    measured.
     """
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(log, "ab")) if log else None
-        return subprocess.Popen([*prefix, sys.executable, "-u", str(ROOT / script), *map(str, args)], cwd=cwd, stdout=out,
-                                stderr=subprocess.STDOUT if out else None,
-                                **({"start_new_session": True} if session else {"process_group": 0}))
+        own = {"start_new_session": True} if session else {"process_group": 0}
+        return subprocess.Popen(
+            [*prefix, sys.executable, "-u", str(ROOT / script), *map(str, args)], cwd=cwd,
+            stdout=out, stderr=subprocess.STDOUT if out else None, **own, **options)
 
 
 def end(process, sig=signal.SIGTERM, timeout=DEADLINE):
@@ -70,10 +75,12 @@ def wait_until(condition, what, timeout=DEADLINE, pause=0.05):
 
 
 class Proxy:
-    """A port that passes everything on to another one; it can hold back every answer for a while, or lose what comes."""
+    """A port that passes everything on to another one. It can hold back every answer for a while,
+    or lose what comes."""
 
     def __init__(self, target):
-        self.target, self.delay, self.cut = target, 0.0, False  # seconds; both may be changed at any time
+        # delay is in seconds; it and cut may be changed at any time
+        self.target, self.delay, self.cut = target, 0.0, False
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -92,8 +99,8 @@ class Proxy:
                 asked = threading.Event()
                 for each in (near, far):
                     each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self._pass, args=(near, far, lambda: asked.set()), daemon=True).start()
-                threading.Thread(target=self._pass, args=(far, near, lambda: self._hold(asked)), daemon=True).start()
+                for pair in ((near, far, asked.set), (far, near, partial(self._hold, asked))):
+                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
 
     def _hold(self, asked):
         if asked.is_set():
@@ -114,26 +121,41 @@ class Proxy:
 
 
 class Three:
-    """The oracle, the output trainer and the input trainer, on three ports, with their logs in `folder`."""
+    """The oracle, the output trainer and the input trainer, on three ports, with their logs in
+    `folder`."""
 
     def __init__(self, folder, oracle=(), output=(), input=(), session=True):
         self.folder, self.ports, self.session = Path(folder), free_ports(3), session
         self.progress = self.folder / "progress"
         a, b, c = self.ports
-        self.to_oracle, self.to_output = Proxy(a), Proxy(b)  # where the output and the input trainer find them, if asked to
+        # where the output and the input trainer find them, if they are told to
+        self.to_oracle, self.to_output = Proxy(a), Proxy(b)
         self.commands = {
             "oracle": ["oracle.py", "--port", a, *oracle],
-            "output": ["train_output.py", "--port", b, "--oracle-server", f"127.0.0.1:{a}", "--progress-dir",
-                       self.folder / "output_progress", *output],
-            "input": ["train_input.py", "--port", c, "--oracle-server", f"127.0.0.1:{a}", "--output-server",
-                      f"127.0.0.1:{b}", "--progress-dir", self.progress, *input]}
+            "output": ["train_output.py", "--port", b, "--oracle-server", f"127.0.0.1:{a}",
+                       "--progress-dir", self.folder / "output_progress", *output],
+            "input": ["train_input.py", "--port", c, "--oracle-server", f"127.0.0.1:{a}",
+                      "--output-server", f"127.0.0.1:{b}", "--progress-dir", self.progress, *input]}
         self.processes = {}
 
     def start(self, *names, extra=()):
         for name in names or self.commands:
-            self.processes[name] = start(*self.commands[name], *extra, log=self.folder / f"{name}.log",
-                                         session=self.session)
+            self.processes[name] = start(*self.commands[name], *extra, session=self.session,
+                                         log=self.folder / f"{name}.log")
         return self
+
+    def wait_until_ready(self, *names):
+        """Until these answer, and the oracle's TensorFlow has started."""
+        def ready():
+            statuses = [self.status(name) for name in names]
+            for name in names:
+                assert self.processes[name].poll() is None, self.log(name)
+            return all(each and each.get("ready", True) for each in statuses)
+        wait_until(ready, f"{' and '.join(names)} to be ready")
+
+    def updates(self, name="input"):
+        """How many updates a process has made; 0 while it does not answer."""
+        return (self.status(name) or {}).get("updates", 0)
 
     def port(self, name):
         return self.ports[list(self.commands).index(name)]
@@ -154,7 +176,8 @@ class Three:
         return (self.folder / f"{name}.log").read_text()
 
     def wait_for_input(self, timeout):
-        """Until the input trainer ends by itself: its exit code. RuntimeError as soon as another one dies."""
+        """Until the input trainer ends by itself: its exit code. RuntimeError as soon as another
+        one dies."""
         def ended():
             for name, process in self.processes.items():
                 if name != "input" and process.poll() is not None:
@@ -164,7 +187,8 @@ class Three:
         return self.processes["input"].returncode
 
     def updates_per_second(self, name, seconds, meanwhile=lambda: None):
-        """How fast `name` trains, seen from outside, over the next `seconds`; ten times a second meanwhile()."""
+        """How fast `name` trains, seen from outside, over the next `seconds`. Ten times a second
+        meanwhile()."""
         began, before = time.monotonic(), self.status(name)["updates"]
         while time.monotonic() - began < seconds:
             meanwhile()
@@ -175,7 +199,8 @@ class Three:
         return self
 
     def __exit__(self, *_):
-        for name in ("input", "output", "oracle"):  # in this order, so that a last snapshot can be composed
+        # in this order, so that a last snapshot can be composed
+        for name in ("input", "output", "oracle"):
             if name in self.processes:
                 end(self.processes[name])
         self.to_oracle.close()

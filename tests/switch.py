@@ -1,8 +1,10 @@
-"""A network switch in user space, for test_hosts.py: passes Ethernet frames on, late, and loses some of them.
+"""A network switch in user space, for test_hosts.py: passes Ethernet frames on, late, and loses
+some of them.
 
-    python tests/switch.py 0.02 0.01 oracle output input    # seconds of delay, share that is lost, interfaces
+    python tests/switch.py 0.02 0.01 oracle output input  # delay, share lost, interfaces
 
-For kernels that lack netem. It keeps up with three processes, and holds no more than what they send in that time.
+For kernels that lack netem. It keeps up with three processes, and holds no more than what they send
+in that time.
 """
 import collections
 import contextlib
@@ -16,7 +18,8 @@ ETH_P_ALL, SOL_PACKET, PACKET_VNET_HDR = 3, 263, 15
 
 
 def open_port(interface):
-    """A raw socket; what it reads and writes begins with the kernel's notes on checksums and segments yet to be made."""
+    """A raw socket. What it reads and writes begins with the kernel's notes on checksums and
+    segments yet to be made."""
     port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
     port.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
     port.bind((interface, ETH_P_ALL))
@@ -25,7 +28,8 @@ def open_port(interface):
 
 def main(delay, loss, *interfaces):
     delay, loss = float(delay), float(loss)
-    ports, waiting = [open_port(interface) for interface in interfaces], collections.deque()
+    ports = [open_port(interface) for interface in interfaces]
+    waiting = collections.deque()
     while True:
         timeout = max(0, waiting[0][0] - time.monotonic()) if waiting else None
         for source in select.select(ports, [], [], timeout)[0]:

@@ -1,21 +1,25 @@
-"""Whatever is sent to the ports: 4xx, JSON that names the field, and nothing changed. Against real processes."""
+"""Whatever is sent to the ports: 4xx, JSON that names the field, and nothing changed. Against real
+processes."""
 import http.client
 import json
-import socket
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from synthgrad import MAX_BODY, ndarray_to_json
-from tests.processes import Three, start, wait_until
+from plumbing.wire import MAX_BODY, ndarray_to_json
+from tests.processes import Three, wait_until
 
+pytestmark = pytest.mark.processes
 WIDTH = 24
-FIELDS = {"/estimate_gradients": ("h", "y"), "/provide_gradients": ("i", "h", "y", "clock", "gradients"),
+JSON = {"Content-Type": "application/json"}
+FIELDS = {"/estimate_gradients": ("h", "y"),
+          "/provide_gradients": ("i", "h", "y", "clock", "gradients"),
           "/training_examples": ("i", "h", "y", "clock"), "/true_gradients": ("h", "y")}
 
 
-def request(three, name, method, path, body=None, headers={"Content-Type": "application/json"}):
+def request(three, name, method, path, body=None, headers=JSON):
     connection = http.client.HTTPConnection("127.0.0.1", three.port(name), timeout=30)
     connection.request(method, path, body, headers)
     response = connection.getresponse()
@@ -31,19 +35,20 @@ def owner(path):
 def good(path):
     """A message that would be taken."""
     rng = np.random.default_rng(0)
-    arrays = {"i": np.arange(3), "h": rng.random((3, WIDTH), "f"), "y": rng.random((3, 1), "f"), "clock": np.arange(3),
-              "gradients": rng.random((3, WIDTH), "f")}
+    arrays = {"i": np.arange(3), "h": rng.random((3, WIDTH), "f"), "y": rng.random((3, 1), "f"),
+              "clock": np.arange(3), "gradients": rng.random((3, WIDTH), "f")}
     return {name: ndarray_to_json(arrays[name]) for name in FIELDS[path]}
 
 
 def state(three):
     """Everything that a bad request must not change, bit for bit."""
     weights = request(three, "output", "GET", "/weights")[1]
+    oracle = three.status("oracle")
     return weights, three.status("output")["examples"], {
-        name: three.status("oracle")[name] for name in ("examples", "updates", "learned")}
+        name: oracle[name] for name in ("examples", "updates", "learned")}
 
 
-def is_refused(three, path, body, statuses=(400,), headers={"Content-Type": "application/json"}, method="POST"):
+def is_refused(three, path, body, statuses=(400,), headers=JSON, method="POST"):
     status, answer = request(three, owner(path), method, path, body, headers)
     error = json.loads(answer)
     assert status in statuses and list(error) == ["error"], (status, answer[:300])
@@ -51,17 +56,25 @@ def is_refused(three, path, body, statuses=(400,), headers={"Content-Type": "app
     return error["error"]
 
 
+def matrices(numbers, shape=(3, WIDTH), dtype="f"):
+    """A strategy of arrays that are filled with one of these numbers."""
+    return st.sampled_from(numbers).map(
+        lambda number: ndarray_to_json(np.full(shape, number, dtype)))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
+    lambda inner: (st.lists(inner, max_size=4)
+                   | st.dictionaries(st.text(max_size=8), inner, max_size=4)), max_leaves=8)
+dtypes = st.sampled_from(["float16", "float64", "int8", "object", "O", ">f4", ""])
 bad_arrays = st.one_of(
     json_values,
     st.fixed_dictionaries({"shape": st.lists(st.integers(-2, 2**70) | json_values, max_size=4),
-                           "dtype": st.sampled_from(["float16", "float64", "int8", "object", "O", ">f4", ""]),
-                           "base64": st.text(max_size=40) | json_values}),
-    st.fixed_dictionaries({"shape": st.just([3, WIDTH]), "values": st.lists(json_values, max_size=80)}),
-    st.sampled_from([np.nan, np.inf, -np.inf, 1e30]).map(lambda bad: ndarray_to_json(np.full((3, WIDTH), bad, "f"))),
-    st.sampled_from([-1, -2**63, 2**54, 2**63 - 1]).map(lambda bad: ndarray_to_json(np.full(3, bad))),
+                           "dtype": dtypes, "base64": st.text(max_size=40) | json_values}),
+    st.fixed_dictionaries({"shape": st.just([3, WIDTH]),
+                           "values": st.lists(json_values, max_size=80)}),
+    matrices([np.nan, np.inf, -np.inf, 1e30]),
+    matrices([-1, -2**63, 2**54, 2**63 - 1], (3,), "i8"),
     st.tuples(st.sampled_from([0, 1, 2, 4, 5]), st.integers(0, 40)).map(
         lambda shape: ndarray_to_json(np.zeros(shape, "f"))))
 
@@ -69,14 +82,17 @@ bad_arrays = st.one_of(
 @pytest.mark.parametrize("path", FIELDS)
 def test_messages_of_rubbish_are_refused_and_change_nothing(servers, path):
     before = state(servers)
+    unhurried = settings(max_examples=100, deadline=None,
+                         suppress_health_check=list(HealthCheck))
 
-    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    @unhurried
     @given(st.sampled_from(FIELDS[path]), bad_arrays)
     def a_bad_field(name, bad):
         error = is_refused(servers, path, json.dumps(good(path) | {name: bad}))
-        assert "JSON is malformed" in error or any(f"`$.{field}" in error for field in FIELDS[path]), error  # not only `name`
+        # not only `name`, because the others may disagree with it
+        assert "JSON is malformed" in error or any(f"`$.{each}" in error for each in FIELDS[path])
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @unhurried
     @given(st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode()))
     def a_bad_body(body):
         is_refused(servers, path, body)
@@ -93,21 +109,23 @@ def test_messages_of_rubbish_are_refused_and_change_nothing(servers, path):
 
 
 def test_wrong_types_sizes_paths_and_methods(servers):
-    before, json_type = state(servers), {"Content-Type": "application/json"}
-    body = json.dumps(good("/training_examples"))
-    for wrong in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+    before, body = state(servers), json.dumps(good("/training_examples"))
+    for wrong in ({}, {"Content-Type": "text/plain"}):
         is_refused(servers, "/training_examples", body, (415,), wrong)
     is_refused(servers, "/training_examples", b" " * (MAX_BODY + 1), (413,))
-    status, _ = request(servers, "output", "POST", "/training_examples", b"", json_type | {"Content-Length": "99999999999"})
-    assert status == 413
-    for method, path in (("GET", "/training_examples"), ("DELETE", "/weights"), ("PUT", "/weights"), ("POST", "/status")):
+    endless = JSON | {"Content-Length": "99999999999"}
+    assert request(servers, "output", "POST", "/training_examples", b"", endless)[0] == 413
+    for method, path in (("GET", "/training_examples"), ("DELETE", "/weights"),
+                         ("POST", "/status")):
         is_refused(servers, path, None, (405,), method=method)
     for path in ("/nothing", "/../etc/passwd", "/weights/1"):
         is_refused(servers, path, None, (404,), method="GET")
-    for path, name, width in (("/training_examples", "h", 25), ("/training_examples", "y", 2), ("/true_gradients", "h", 1),
-                              ("/estimate_gradients", "h", 23), ("/provide_gradients", "gradients", 25)):
+    for path, name, width in (("/training_examples", "h", 25), ("/training_examples", "y", 2),
+                              ("/true_gradients", "h", 1), ("/estimate_gradients", "h", 23),
+                              ("/provide_gradients", "gradients", 25)):
         narrow = good(path) | {name: ndarray_to_json(np.zeros((3, width), "f"))}
-        assert f"Expected shape (3, {1 if name == 'y' else WIDTH})" in is_refused(servers, path, json.dumps(narrow))
+        error = is_refused(servers, path, json.dumps(narrow))
+        assert f"Expected shape (3, {1 if name == 'y' else WIDTH})" in error
     assert state(servers) == before
 
 
@@ -115,38 +133,26 @@ def test_good_messages_are_taken_after_all_that(servers):
     for path in FIELDS:
         status, answer = request(servers, owner(path), "POST", path, json.dumps(good(path)))
         assert status == 200, answer
-    assert servers.status("output")["examples"]["received"] == 6  # of /training_examples and of /true_gradients
-    wait_until(lambda: servers.status("oracle")["examples"]["received"] == 6, "one half of these from here, one from there")
-    by_hand = {"h": {"shape": [1, WIDTH], "values": [0.5] * WIDTH}, "y": {"shape": [1, 1], "values": [1]}}
+    # of /training_examples and of /true_gradients
+    assert servers.status("output")["examples"]["received"] == 6
+    # what came from here and what the output trainer threw are the same examples: they count once
+    wait_until(lambda: servers.status("output")["gradients"]["sent"] == 3, "gradients to be sent")
+    assert servers.status("oracle")["examples"]["received"] == 3
+    by_hand = {"h": {"shape": [1, WIDTH], "values": [0.5] * WIDTH},
+               "y": {"shape": [1, 1], "values": [1]}}
     status, answer = request(servers, "oracle", "POST", "/estimate_gradients", json.dumps(by_hand))
-    assert status == 200 and json.loads(answer)["gradients"]["shape"] == [1, WIDTH]
-
-
-@pytest.mark.parametrize("host, answered", [
-    ("127.0.0.1", True), ("localhost:5001", True), ("[::1]:5001", True), ("192.0.2.7", True), (socket.gethostname(), True),
-    ("evil.example", False), ("evil.example:5001", False), ("127.0.0.1.evil.example", False), ("", False), ("a b", False)])
-def test_only_its_own_names_reach_a_process(host, answered, servers):
-    """A page in a browser that has its own name resolved to 127.0.0.1 (DNS rebinding) sends that name as Host."""
-    for name in ("oracle", "output"):
-        assert (request(servers, name, "GET", "/status", None, {"Host": host})[0] == 200) == answered
-
-
-@pytest.mark.parametrize("secret", ["", " \n", "two words", "schlüssel", "a=b"])
-def test_a_token_that_no_header_can_carry_is_refused(secret, tmp_path):
-    (tmp_path / "token").write_text(secret)
-    assert start("train_output.py", "--token-file", tmp_path / "token", log=tmp_path / "log").wait(60) == 2
-    assert "token: expected a secret of letters, digits" in (tmp_path / "log").read_text()
+    assert status == 200 and len(json.loads(answer)["gradients"]["values"]) == WIDTH
 
 
 def test_a_token_is_insisted_on_and_sent(tmp_path, small_data):
     (tmp_path / "token").write_text("s3cret\n")
     shared = ["--token-file", tmp_path / "token"]
-    with Three(tmp_path, output=shared, input=[*small_data, *shared, "--gradients", "true", "--num-epochs", 2]) as three:
+    with Three(tmp_path, output=shared, input=[*small_data, *shared, "--gradients", "true",
+                                               "--num-epochs", 2]) as three:
         three.start("output")
         wait_until(lambda: "answers on" in three.log("output"), "the output trainer")
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic OndyZW9uZw=="}):
-            assert request(three, "output", "GET", "/status", None, headers)[0] == 401
-        for headers in ({"Authorization": "Bearer s3cret"}, {"Authorization": "Basic OnMzY3JldA=="}):
-            assert request(three, "output", "GET", "/status", None, headers)[0] == 200
+        for headers, expected in (({}, 401), ({"Authorization": "Bearer wrong"}, 401),
+                                  ({"Authorization": "Bearer s3cret"}, 200)):
+            assert request(three, "output", "GET", "/status", None, headers)[0] == expected
         three.start("input")
         assert three.wait_for_input(60) == 0, three.log("input")

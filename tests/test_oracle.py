@@ -1,56 +1,216 @@
-"""The oracle as others see it, over its own HTTP interface."""
+"""The oracle: what it answers, what it learns, what it needs of Keras, and its endpoints."""
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
+import oracle
 from oracle import STEPS, Oracle
-from synthgrad import OracleClient, Refused
-from tests.processes import Three, wait_until
+from plumbing.wire import Refused
+from synthgrad import OracleClient
+from tests.processes import ROOT, Three
+
+pytestmark = pytest.mark.tensorflow
+BATCH = 10
+N = BATCH * STEPS
+
+
+def examples(rng, width=6, n=N):
+    h = rng.random((n, width), "f")
+    return h, ((h - 0.5) @ rng.normal(size=(width, width)) * 1e-3).astype("f")
+
+
+def test_before_it_has_learned_anything_the_model_itself_guesses_zero():
+    """Not only guess(), which does not ask it (paper, section 3: the last layer starts at zero)."""
+    model, h = oracle.make_model([6, 8, 6]), np.random.default_rng(0).random((5, 6), "f")
+    assert not model(h).numpy().any()
+    assert model.weights[0].numpy().any()
+    new = Oracle([6, 8, 6], 0.01, BATCH, seed=0)
+    guess, learned = new.guess(h)
+    assert guess.shape == (5, 6) and guess.dtype == np.float32
+    assert not guess.any() and learned is None
+    assert not new.model(h).numpy().any(), "the call that compiles teaches nothing"
 
 
 def test_the_answer_is_the_keras_models_own():
-    oracle = Oracle([24, 12, 24], learning_rate=0.01, batch_size=100, seed=0)
-    rng, n = np.random.default_rng(0), 100 * STEPS
-    h, g = rng.random((n, 24), "f"), rng.normal(size=(n, 24)).astype("f")
-    oracle.train(h, g, np.arange(n))
-    learned, (mean, deviation, scale), _ = oracle.published
-    expected = scale * oracle.model((h - mean) / deviation).numpy()
-    guess, clock = oracle.guess(h)
-    np.testing.assert_allclose(guess, expected, rtol=1e-3, atol=1e-4)
-    assert np.abs(expected).max() > 1e-3 and clock == learned == n - 1
+    rng, model = np.random.default_rng(0), Oracle([6, 12, 12, 6], 0.01, BATCH, seed=0)
+    h, g = examples(rng)
+    model.train(h, g, np.arange(N)[::-1])
+    learned, (mean, deviation, scale), _ = model.published
+    expected = scale * model.model((h - mean) / deviation).numpy()
+    guess, clock = model.guess(h)
+    np.testing.assert_allclose(guess, expected, rtol=1e-3, atol=1e-6)
+    assert np.abs(expected).max() > 1e-6 and clock == learned == N - 1
 
 
-@pytest.mark.parametrize("options", [["--layers", 6, 6], ["--layers", 6, 12, 6, "--condition-on-labels"]])
-def test_it_learns_a_linear_gradient_field_over_http(tmp_path, options):
+def test_an_answer_is_of_one_moment_whatever_is_trained_meanwhile():
+    """Published weights and moments are replaced whole, and training does not write to them."""
+    rng, model = np.random.default_rng(0), Oracle([6, 6], 0.01, BATCH, seed=0)
+    h, g = examples(rng)
+    model.train(h, g, np.zeros(N, int))
+    published = model.published
+    _, moments, weights = published
+    before = [np.copy(each) for each in (*moments, *weights)]
+    for _ in range(3):
+        model.train(*examples(rng), np.ones(N, int))
+    assert model.published is not published
+    for then, now in zip(before, (*moments, *weights), strict=True):
+        np.testing.assert_array_equal(then, now)
+
+
+def test_the_moments_are_those_of_about_ten_calls():
+    rng, model = np.random.default_rng(0), Oracle([6, 6], 0.01, BATCH, seed=0)
+    h, g = examples(rng)
+    model.train(h, g, np.zeros(N, int))
+    mean, deviation, scale = model.moments
+    np.testing.assert_allclose(mean, h.mean(axis=0))
+    np.testing.assert_allclose(deviation, h.std(axis=0) + 1e-3)
+    assert scale == pytest.approx(np.sqrt(np.mean(g**2)))
+    model.train(h + 10, 3 * g, np.zeros(N, int))
+    np.testing.assert_allclose(model.moments[0], mean + 1, rtol=1e-5)
+    np.testing.assert_allclose(model.moments[1], deviation, rtol=1e-3)
+    assert model.moments[2] == pytest.approx(1.2 * scale)
+
+
+def test_it_learns_a_linear_gradient_field_and_its_loss_says_so():
+    rng, model = np.random.default_rng(0), Oracle([6, 6], 0.01, BATCH, seed=0)
+    field = rng.normal(size=(6, 6))
+    losses = []
+    for _ in range(100):
+        h = rng.random((N, 6), "f")
+        g = ((h - 0.5) @ field * 1e-3).astype("f")
+        losses.append(model.train(h, g, np.zeros(N, int)))
+    assert losses[0] == pytest.approx(1, abs=0.3) and losses[-1] < 0.05
+    guess, _ = model.guess(h)
+    assert np.mean((guess - g) ** 2) < 0.05 * np.mean(g**2)
+    assert model.updates == 100 * STEPS
+
+
+def test_it_diverges_in_one_clear_error():
+    model = Oracle([6, 6], 1e6, BATCH, seed=0)
+    with pytest.raises(FloatingPointError, match="the oracle diverged; try a lower"):
+        for _ in range(10):
+            model.train(*examples(np.random.default_rng(0)), np.zeros(N, int))
+
+
+def test_where_xla_cannot_compile_it_says_so_once_and_trains_without(monkeypatch, capsys):
+    import tensorflow as tf
+    function, tried = tf.function, []
+
+    def failing_function(jit_compile):
+        tried.append(jit_compile)
+        compiled = function(jit_compile=False)
+        if not jit_compile:
+            return compiled
+
+        def decorate(python_function):
+            def fail(*_):
+                raise tf.errors.InvalidArgumentError(None, None, "no registered platform\nMETAL")
+            return fail
+        return decorate
+    monkeypatch.setattr(tf, "function", failing_function)
+    model = Oracle([6, 6], 0.01, BATCH, seed=0)
+    h, g = examples(np.random.default_rng(0))
+    first = model.train(h, g, np.zeros(N, int))
+    for _ in range(20):
+        last = model.train(h, g, np.zeros(N, int))
+    assert tried == [True, False] and last < first
+    said = capsys.readouterr().err
+    assert said.count("XLA cannot compile here (no registered platform): training without") == 1
+
+
+def test_an_error_without_xla_is_not_tried_for_ever(monkeypatch):
+    import tensorflow as tf
+
+    def failing_function(jit_compile):
+        def fail(*_):
+            raise tf.errors.InternalError(None, None, "broken")
+        return lambda python_function: fail
+    monkeypatch.setattr(tf, "function", failing_function)
+    with pytest.raises(tf.errors.InternalError):
+        Oracle([6, 6], 0.01, BATCH, seed=0)
+
+
+def test_with_and_without_xla_it_learns_the_same():
     rng = np.random.default_rng(0)
-    field, by_label = rng.normal(size=(6, 6)), 2.0 * ("--condition-on-labels" in options)
-    with Three(tmp_path, oracle=options) as three:
-        three.start("oracle")
+    h, g = examples(rng)
+    reached = []
+    for xla in (True, False):
+        import keras
+        keras.utils.set_random_seed(0)
+        model = oracle.make_model([6, 4, 6])
+        step = oracle.compiled_training(model, 0.01, BATCH, xla=xla)
+        reached.append([each.numpy() for each in step(h - 0.5, 1e3 * g)[1]])
+    for mine, theirs in zip(*reached, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_labels_are_seen_beside_h_and_must_have_the_stated_width():
+    h, y = np.ones((2, 3), "f"), np.zeros((2, 10), "f")
+    assert oracle.model_input(h, y, 0) is h
+    assert oracle.model_input(h, y, 10).shape == (2, 13)
+    with pytest.raises(Refused, match="--condition-on-labels 1, but y has a width of 10"):
+        oracle.model_input(h, y, 1)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("backend, floatx", [("jax", "float32"), ("torch", "float64")])
+def test_it_starts_whatever_keras_is_set_to(backend, floatx, tmp_path):
+    """By the environment, and by ~/.keras/keras.json."""
+    (tmp_path / "keras.json").write_text(
+        f'{{"backend": "{backend}", "floatx": "{floatx}", "image_data_format": "channels_first"}}')
+    code = """if True:
+        import oracle, numpy as np
+        model = oracle.Oracle([6, 6], 0.01, 10, seed=0)
+        model.train(np.ones((100, 6), "f"), np.ones((100, 6), "f"), np.zeros(100, int))
+        assert model.guess(np.ones((1, 6), "f"))[0].dtype == np.float32"""
+    environment = {**os.environ, "KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.processes
+def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    field = rng.normal(size=(6, 6))
+
+    def sample(n):
+        h, y = rng.random((n, 6), "f"), rng.normal(size=(n, 2)).astype("f")
+        return h, y, ((h - 0.5) @ field * 1e-3 + 2e-3 * y[:, :1]).astype("f")
+    with Three(tmp_path, oracle=["--layers", 6, 12, 6, "--condition-on-labels", 2]) as three:
+        three.start("oracle").wait_until_ready("oracle")
         client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
-        wait_until(lambda: three.status("oracle"), "the oracle to listen")
-
-        def examples(n):
-            h, y = rng.random((n, 6), "f"), rng.normal(size=(n, 1)).astype("f")
-            return h, y, ((h - 0.5) @ field * 1e-3 + by_label * 1e-3 * y).astype("f")
-
-        h_test, y_test, g_test = examples(500)
-        wait_until(lambda: three.status("oracle")["ready"], "TensorFlow to start")
+        h_test, y_test, g_test = sample(500)
         guess, learned = client.estimate_gradients(h_test, y_test)
-        assert not guess.any() and learned is None, "zero before it has learned anything"
+        assert not guess.any() and learned is None
+        with pytest.raises(Refused, match="--condition-on-labels 2, but y has a width of 1"):
+            client.estimate_gradients(h_test, y_test[:, :1])
+        error = np.inf
+        for clock in range(2000):
+            h, y, g = sample(1000)
+            client.provide_gradients(np.arange(1000), h, y, np.full(1000, clock), g)
+            guess, learned = client.estimate_gradients(h_test, y_test)
+            assert learned is None or learned <= clock
+            error = np.mean((guess - g_test) ** 2) / np.mean(g_test**2)
+            if error < 0.02 and three.status("oracle")["loss"] < 0.05:
+                break
+        assert error < 0.02
+        before = three.status("oracle")["examples"]["received"]
+        for _ in range(5):  # thrown again: it counts once
+            client.provide_gradients(np.arange(1000), h, y, np.full(1000, clock), g)
+        assert three.status("oracle")["examples"]["received"] == before
 
-        def error_is_small():
-            h, y, g = examples(1000)
-            client.provide_gradients(np.arange(1000), h, y, np.arange(1000), g)
-            guess, _ = client.estimate_gradients(h_test, y_test)
-            return np.mean((guess - g_test) ** 2) < 0.02 * np.mean(g_test**2)
-        wait_until(error_is_small, "the guesses to come within 2% of the true field")
-        wait_until(lambda: three.status("oracle")["loss"] < 0.05, "its own loss to say so")
 
-
-def test_labels_of_another_width_are_refused(tmp_path):
-    with Three(tmp_path, oracle=["--layers", 6, 6, "--condition-on-labels", 10]) as three:
-        three.start("oracle")
-        wait_until(lambda: (three.status("oracle") or {}).get("ready"), "the oracle")
-        client, h = OracleClient(f"127.0.0.1:{three.port('oracle')}"), np.zeros((2, 6), "f")
-        with pytest.raises(Refused, match="--condition-on-labels 10, but y has a width of 1"):
-            client.estimate_gradients(h, h[:, :1])
-        assert client.estimate_gradients(h, np.zeros((2, 10), "f"))[0].shape == (2, 6)
+@pytest.mark.processes
+def test_what_does_not_fit_is_one_line(tmp_path):
+    from tests.processes import start
+    for n, (options, message) in enumerate((
+            (["--layers", 6, 4], "the first and the last must be equal"),
+            (["--keep", 100], "--keep times --replay must be at least 10 times --batch-size"))):
+        log = tmp_path / str(n)
+        assert start("oracle.py", *options, log=log).wait(60) == 2
+        line, = log.read_text().splitlines()
+        assert message in line

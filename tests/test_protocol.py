@@ -9,11 +9,21 @@ import time
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given as for_any, strategies as st
+from hypothesis import given as for_any
+from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
-from synthgrad import (MAX_BODY, Examples, Gradients, LayerClient, Malformed, NoAnswer, OracleClient, Question, decode,
-                       encode, encode_weights, json_to_ndarray, ndarray_to_json)
+from plumbing.wire import (
+    MAX_BODY,
+    Malformed,
+    NoAnswer,
+    Refused,
+    decode,
+    encode,
+    json_to_ndarray,
+    ndarray_to_json,
+)
+from synthgrad import Examples, Gradients, OracleClient, PartClient, Question, encode_weights
 from tests.processes import ROOT
 
 dtypes = st.sampled_from(["float32", "float64", "int32", "int64"])
@@ -22,14 +32,16 @@ shapes = arrays_of.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 
 @for_any(dtypes.flatmap(lambda dtype: arrays_of.arrays(dtype, shapes)), st.sampled_from(["C", "F"]))
 def test_any_array_survives_base64(array, order):
-    again = json_to_ndarray(json.loads(json.dumps(ndarray_to_json(np.asarray(array, order=order)))))
+    message = json.dumps(ndarray_to_json(np.asarray(array, order=order)))
+    again = json_to_ndarray(json.loads(message))
     assert again.dtype == array.dtype and again.shape == array.shape
     np.testing.assert_array_equal(again, array)
 
 
 @for_any(arrays_of.arrays("float32", shapes, elements=st.floats(-1e6, 1e6, width=32)))
 def test_any_array_survives_values(array):
-    message = {"shape": list(array.shape), "values": array.ravel().tolist()}
+    message = ndarray_to_json(array, values=True)
+    assert set(message) == {"shape", "values"}
     np.testing.assert_array_equal(json_to_ndarray(json.loads(json.dumps(message))), array)
 
 
@@ -46,13 +58,15 @@ Y = ndarray_to_json(np.zeros((2, 1), "f"))
 
 @pytest.mark.parametrize("bad", [
     None, 7, "array", [], {}, {"shape": [2, 3]}, GOOD | {"extra": 1}, GOOD | {"values": [0] * 6},
-    GOOD | {"dtype": "float64"}, GOOD | {"dtype": "object"}, GOOD | {"dtype": ["float32"]}, GOOD | {"dtype": None},
-    GOOD | {"shape": [3, 2]}, GOOD | {"shape": [2, 3, 1]}, GOOD | {"shape": [6]}, GOOD | {"shape": [2, 4]},
-    GOOD | {"shape": [-2, -3]}, GOOD | {"shape": [2.5, 3]}, GOOD | {"shape": "23"}, GOOD | {"shape": 6},
+    GOOD | {"dtype": "float64"}, GOOD | {"dtype": "object"}, GOOD | {"dtype": ["float32"]},
+    GOOD | {"dtype": None}, GOOD | {"shape": [3, 2]}, GOOD | {"shape": [2, 3, 1]},
+    GOOD | {"shape": [6]}, GOOD | {"shape": [2, 4]}, GOOD | {"shape": [-2, -3]},
+    GOOD | {"shape": [2.5, 3]}, GOOD | {"shape": "23"}, GOOD | {"shape": 6},
     GOOD | {"shape": [2**62, 3]}, GOOD | {"shape": [True, 3]}, GOOD | {"shape": {"2": 3}},
-    GOOD | {"base64": GOOD["base64"][:-2]}, GOOD | {"base64": "*" * 32}, GOOD | {"base64": 5}, GOOD | {"base64": "é"},
-    {"shape": [2, 3], "values": [1, 2, 3]}, {"shape": [2, 3], "values": "123456"},
-    {"shape": [2, 3], "values": [[1, 2, 3], [4, 5, 6]]}, {"shape": [2, 3], "values": [1, 2, 3, 4, 5, None]},
+    GOOD | {"base64": GOOD["base64"][:-2]}, GOOD | {"base64": "*" * 32}, GOOD | {"base64": 5},
+    GOOD | {"base64": "é"}, {"shape": [2, 3], "values": [1, 2, 3]},
+    {"shape": [2, 3], "values": "123456"}, {"shape": [2, 3], "values": [[1, 2, 3], [4, 5, 6]]},
+    {"shape": [2, 3], "values": [1, 2, 3, 4, 5, None]},
     {"shape": [2, 3], "values": [1, 2, 3, 4, 5, "6"]}, {"shape": [2, 3], "values": {"0": 1}},
     {"shape": [2, 3], "values": [0] * 2**20}])
 def test_malformed_arrays_are_refused_by_name(bad):
@@ -71,14 +85,16 @@ def test_numbers_out_of_bounds_are_refused(bad):
 @pytest.mark.parametrize("name", ["i", "clock"])
 @pytest.mark.parametrize("bad", [[-1, 0], [0, 2**62]])
 def test_indices_and_clocks_out_of_bounds_are_refused(name, bad):
-    good = dict(i=np.arange(2), h=np.zeros((2, 3), "f"), y=np.zeros((2, 1), "f"), clock=np.arange(2))
+    good = dict(i=np.arange(2), h=np.zeros((2, 3), "f"), y=np.zeros((2, 1), "f"),
+                clock=np.arange(2))
     with pytest.raises(Malformed, match=rf"\$\.{name}"):
         decode(encode(**good | {name: np.array(bad)}), Examples, h=3)
 
 
 def test_rows_must_agree_there_must_be_one_and_widths_must_fit():
     h, y = np.zeros((2, 3), "f"), np.zeros((3, 1), "f")
-    for message, where in ((encode(h=h, y=y), "y"), (encode(h=h[:0], y=y[:0]), "h"), (encode(h=h[:, :2], y=y[:2]), "h")):
+    for message, where in ((encode(h=h, y=y), "y"), (encode(h=h[:0], y=y[:0]), "h"),
+                           (encode(h=h[:, :2], y=y[:2]), "h")):
         with pytest.raises(Malformed, match=rf"Expected shape .*\$\.{where}"):
             decode(message, Question, h=3)
 
@@ -89,19 +105,23 @@ def test_what_would_not_be_taken_is_never_sent(value):
         encode(gradients=np.array([0, value], "f"))
 
 
-@pytest.mark.parametrize("body", ["b'[' + b'[],' * (n // 3) + b'[]]'", "b'{\"h\":{\"shape\":[' + b'0,' * (n // 2) + b'0]}}'",
-                                  "b'{\"h\":{\"shape\":[1,1],\"values\":[' + b'1.5,' * (n // 4) + b'0]}}'", "b'[' * n"])
+@pytest.mark.processes
+@pytest.mark.parametrize("body", [
+    "b'[' + b'[],' * (n // 3) + b'[]]'", "b'{\"h\":{\"shape\":[' + b'0,' * (n // 2) + b'0]}}'",
+    "b'{\"h\":{\"shape\":[1,1],\"values\":[' + b'1.5,' * (n // 4) + b'0]}}'", "b'[' * n"])
 def test_a_malformed_message_costs_no_more_memory_than_its_own_bytes(body):
     code = f"""if True:
         import resource, sys; sys.path.insert(0, {str(ROOT)!r})
         import synthgrad
-        n = synthgrad.MAX_BODY
+        from plumbing import wire
+        n = wire.MAX_BODY
         body = {body}
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            synthgrad.decode(body, synthgrad.Question, h=24)
-        except synthgrad.Malformed:
-            print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / len(body))"""
+            wire.decode(body, synthgrad.Question, h=24)
+        except wire.Malformed:
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(1024 * (after - before) / len(body))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < 1.2, done
 
@@ -140,9 +160,10 @@ def guess(gradients, learned=None):
 
 
 @pytest.mark.parametrize("answer", [
-    None, b"", b"rubbish\r\n\r\n", b"HTTP/1.1 200 OK\r\n", http("{}"), http("[]"), http("not json"), http("[" * 10**5),
-    http('{"gradients": {"shape": [4, 3]', length=500), http('{"error": "x"}', "500 Oops"), http("{}", "302 Found"),
-    guess(np.zeros((4, 4), "f")), guess(np.zeros((3, 3), "f")), guess(np.full((4, 3), np.nan, "f")),
+    None, b"", b"rubbish\r\n\r\n", b"HTTP/1.1 200 OK\r\n", http("{}"), http("[]"),
+    http("not json"), http("[" * 10**5), http('{"gradients": {"shape": [4, 3]', length=500),
+    http('{"error": "x"}', "500 Oops"), http("{}", "302 Found"), guess(np.zeros((4, 4), "f")),
+    guess(np.zeros((3, 3), "f")), guess(np.full((4, 3), np.nan, "f")),
     guess(np.zeros((4, 3), "f"), "yesterday"), http("x", length=MAX_BODY * 4)])
 def test_a_client_survives_a_server_that_misbehaves(answer):
     server = Misbehaving(answer)
@@ -156,28 +177,57 @@ def test_a_client_survives_a_server_that_misbehaves(answer):
     server.socket.close()
 
 
-@pytest.mark.parametrize("dims, well", [([3, 2, 1], True), ([3, 2], False), ([3, 1], False), ([4, 2, 1], False)])
-def test_weights_must_fit(dims, well):
-    rng = np.random.default_rng(0)
-    weights = [(rng.random((3, 2), "f"), rng.random(2, "f")), (rng.random((2, 1), "f"), rng.random(1, "f"))]
-    server = Misbehaving(http(encode_weights(weights, 7)))
+WEIGHTS = [(np.ones((3, 2), "f"), np.zeros(2, "f")), (np.ones((2, 1), "f"), np.zeros(1, "f"))]
+
+
+def fetch(weights, dims):
+    server = Misbehaving(http(encode_weights(weights, [7, 9])))
     try:
-        given, updates = LayerClient(server.url, timeout=2).weights(dims)
-        assert well and updates == 7 and all((mine == theirs).all() for a, b in zip(weights, given) for mine, theirs in zip(a, b))
-    except NoAnswer:
-        assert not well
+        return PartClient(server.url, timeout=2).weights(dims)
+    finally:
+        server.socket.close()
+
+
+def test_weights_come_back_with_the_updates_of_each_part():
+    given, updates = fetch(WEIGHTS, [3, 2, 1])
+    assert updates == [7, 9]
+    for mine, theirs in zip(WEIGHTS, given, strict=True):
+        assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dims", [[3, 2], [3, 1], [4, 2, 1], [3, 2, 1, 1]])
+def test_weights_of_other_widths_are_no_answer(dims):
+    with pytest.raises(NoAnswer, match="not of layers of the widths"):
+        fetch(WEIGHTS, dims)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_weights_that_are_not_finite_are_no_answer(bad, which):
+    weights = [tuple(array.copy() for array in pair) for pair in WEIGHTS]
+    weights[1][which].flat[0] = bad
+    with pytest.raises(NoAnswer, match="not finite"):
+        fetch(weights, [3, 2, 1])
+
+
+def test_what_a_server_refuses_is_refused_with_its_words():
+    server = Misbehaving(http('{"error": "no"}', "401 Unauthorized"))
+    with pytest.raises(Refused, match="/status: .*no") as refused:
+        PartClient(server.url, timeout=2).status()
+    assert refused.value.status == 401
     server.socket.close()
 
 
 def test_a_dead_server_is_no_answer_and_a_bad_address_is_an_error():
     with pytest.raises(NoAnswer, match="refused"):
-        LayerClient("127.0.0.1:1").status()
+        PartClient("127.0.0.1:1").status()
     with pytest.raises(NoAnswer, match=r"http://\[::1\]:1/status"):
-        LayerClient("[::1]:1").status()
-    assert OracleClient("localhost").url == "http://localhost:5001" and LayerClient("localhost").url.endswith(":5002")
+        PartClient("[::1]:1").status()
+    assert OracleClient("localhost").url == "http://localhost:5001"
+    assert PartClient("localhost").url.endswith(":5002")
     for bad in ("ftp://host:1", "http://", "host:port"):
         with pytest.raises(ValueError, match="expected a server's address"):
-            LayerClient(bad)
+            PartClient(bad)
 
 
 def test_gradients_are_examples_with_one_more_field():

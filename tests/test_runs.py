@@ -1,5 +1,8 @@
-"""Data in; metrics and snapshots out: what is refused, what is kept, and what comes back."""
+"""What runs write: what is refused, what is kept, and what comes back."""
+import contextlib
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,115 +16,241 @@ def weights(dims, seed=0):
     return [(layer.w, layer.b) for layer in make_layers(dims, np.random.default_rng(seed))]
 
 
-def test_snapshot_comes_back_whole_and_a_damaged_one_is_refused(tmp_path):
-    written = weights([2, 4, 1])
-    runs.Progress(tmp_path, ["seconds", "test_mse"], {}).write(written, seconds=1.5, test_mse=0.25)
+@contextlib.contextmanager
+def full_disk(size):
+    """Files cannot grow beyond `size` bytes, as on a disk with so much space left."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_snapshot_comes_back_whole_and_a_damaged_one_is_refused(tmp_path):
+    written, probe = weights([2, 4, 1]), {"x": np.ones((3, 2), "f")}
+    columns = ["seconds", "test_mse"]
+    runs.Progress(tmp_path, columns, {}).write(written, probe, seconds=1.5, test_mse=0.25)
     path, = runs.snapshots(tmp_path)
     assert path.name == "snapshot_000000.npz"
-    again, row = runs.read_snapshot(path)
+    again, row, probed = runs.read_snapshot(path)
     assert row == {"seconds": 1.5, "test_mse": 0.25} and len(again) == 2
-    for mine, theirs in zip(written, again):
-        assert all((a == b).all() for a, b in zip(mine, theirs))
+    assert list(probed) == ["x"] and (probed["x"] == 1).all()
+    for mine, theirs in zip(written, again, strict=True):
+        assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
     whole = path.read_bytes()
-    for damaged in (b"", whole[:len(whole) // 2], whole[:200] + b"\xff" * 40 + whole[240:]):
+    header = whole.index(b"'shape': (")
+    for damaged in (b"", whole[:len(whole) // 2], whole[:200] + b"\xff" * 40 + whole[240:],
+                    whole[:header] + whole[header:].replace(b"(2, 4)", b"2, 4))", 1)):
+        assert damaged != whole
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="not a whole file"):
             runs.read_snapshot(path)
 
 
+def test_arrays_that_are_no_snapshot_are_refused(tmp_path):
+    for arrays in ({"x": np.ones(3)}, {"w1": np.ones((1, 1)), "b1": np.ones(1), "x": np.ones(3)}):
+        runs.save(tmp_path / "a.npz", **arrays)
+        with pytest.raises(ValueError, match="is not a snapshot"):
+            runs.read_snapshot(tmp_path / "a.npz")
+
+
 def test_earlier_runs_are_moved_aside_and_never_deleted(tmp_path, capsys):
     def run(value):
-        progress = runs.Progress(tmp_path / "run", ["seconds"], {"seed": value})
+        progress = runs.Progress(tmp_path / "lr0.5", ["seconds"], {"seed": value})
         progress.write(weights([2, 1]), seconds=value)
         progress.end("finished")
+        progress.locked.close()
     for value in (1, 2, 3):
         run(value)
-    for name, value in (("run", "3"), ("run.1", "1"), ("run.2", "2")):
-        assert (tmp_path / name / "metrics.csv").read_text().split() == ["seconds", value]
-        assert [path.stem for path in runs.snapshots(tmp_path / name)] == ["snapshot_000000"]
-        assert json.loads((tmp_path / name / "run.json").read_text()) == {"seed": int(value), "ended": "finished"}
-    assert f"{tmp_path / 'run'} held an earlier run: moved to {tmp_path / 'run.2'}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for folder in tmp_path.iterdir():
+        value = int(runs.read_rows(folder)[0]["seconds"])
+        assert [path.stem for path in runs.snapshots(folder)] == ["snapshot_000000"]
+        assert runs.read_json(folder / "run.json") == {"seed": value, "ended": "finished"}
+        assert value == 3 or f"moved to {folder}" in said
+        assert (folder == tmp_path / "lr0.5") == (value == 3)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_resumed_run_goes_on_in_its_folder(tmp_path):
-    runs.Progress(tmp_path, ["seconds"], {}).write(weights([2, 1]), seconds=1)
-    runs.Progress(tmp_path, ["seconds"], {}, resume=True).write(weights([2, 1]), seconds=2)
-    assert (tmp_path / "metrics.csv").read_text().split() == ["seconds", "1", "2"] and len(runs.snapshots(tmp_path)) == 2
+def test_a_folder_is_no_longer_locked_when_it_is_renamed(tmp_path, monkeypatch):
+    """Windows renames no folder in which a file is open."""
+    runs.Progress(tmp_path / "run", ["seconds"], {}).locked.close()
+    opened, rename = [], runs.Path.rename
+    lock = runs.lock
+
+    def recording_lock(folder):
+        opened.append(lock(folder))
+        return opened[-1]
+
+    def recording_rename(path, to):
+        assert opened and all(file.closed for file in opened)
+        return rename(path, to)
+    monkeypatch.setattr(runs, "lock", recording_lock)
+    monkeypatch.setattr(runs.Path, "rename", recording_rename)
+    progress = runs.Progress(tmp_path / "run", ["seconds"], {})
+    assert (tmp_path / "run.1").exists() and not progress.locked.closed
+
+
+def test_a_resumed_run_continues_in_its_folder_and_leaves_a_trace(tmp_path):
+    def run(resume, seconds):
+        progress = runs.Progress(tmp_path, ["seconds"], {"seed": 3}, resume)
+        progress.write(weights([2, 1]), seconds=seconds)
+        progress.locked.close()
+    run(False, 1)
+    run(True, 2)
+    run(True, 3)
+    assert (tmp_path / "metrics.csv").read_text().split() == ["seconds", "1", "2", "3"]
+    assert len(runs.snapshots(tmp_path)) == 3
+    assert runs.read_json(tmp_path / "run.json") == {"seed": 3, "resumed": 2, "ended": None}
 
 
 def test_a_folder_that_holds_no_run_is_never_touched(tmp_path):
     (tmp_path / "metrics.csv").write_text("somebody else's")
-    with pytest.raises(ValueError, match="something other than a run"):
-        runs.Progress(tmp_path, ["seconds"], {})
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="something other than a run"):
+            runs.Progress(tmp_path, ["seconds"], {}, resume)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_two_processes_cannot_write_to_one_folder(tmp_path, small_data):
-    run = tmp_path / "run"
-    progress = runs.Progress(run, ["seconds"], {})
-    process = start("sgd.py", *small_data, "--num-epochs", 1, "--progress-dir", run, log=tmp_path / "log")
-    assert process.wait(60) == 2 and "another process is writing to" in (tmp_path / "log").read_text()
+def test_a_folder_belongs_to_one_writer(tmp_path):
+    progress = runs.Progress(tmp_path / "run", ["seconds"], {})
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="another process is writing to"):
+            runs.Progress(tmp_path / "run", ["seconds"], {}, resume)
     progress.write(weights([2, 1]), seconds=1)
-    assert (run / "metrics.csv").read_text().split() == ["seconds", "1"] and not (tmp_path / "run.1").exists()
+    assert (tmp_path / "run" / "metrics.csv").read_text().split() == ["seconds", "1"]
+    assert not (tmp_path / "run.1").exists()
 
 
-def save(folder, x, y):
-    np.save(folder / "x.npy", x)
-    np.save(folder / "y.npy", y)
-    return folder / "x.npy", folder / "y.npy"
-
-
-def test_the_last_examples_are_held_out(tmp_path):
-    paths = save(tmp_path, np.arange(80.0).reshape(40, 2), np.arange(40.0))
-    for held_out, expected in ((None, 2), (7, 7)):
-        x, y, x_test, y_test = runs.load_data(*paths, held_out)
-        assert y.shape == (40 - expected, 1) and list(y_test[:, 0]) == list(range(40 - expected, 40))
-        np.testing.assert_array_equal(np.concatenate([x, x_test])[:, 0], np.arange(0, 80, 2))
-
-
-def test_integers_are_classes_and_become_one_hot(tmp_path):
-    labels = np.arange(40) % 3
-    _, y, _, y_test = runs.load_data(*save(tmp_path, np.zeros((40, 2)), labels))
-    y = np.concatenate([y, y_test])
-    assert y.shape == (40, 3) and (y.argmax(axis=1) == labels).all() and (y.sum(axis=1) == 1).all()
-
-
-@pytest.mark.parametrize("script", ["sgd.py", "train_input.py"])
-@pytest.mark.parametrize("x, y, options, message", [
-    (None, None, (), "generate.py"),
-    (b"not numpy", np.zeros(50), (), "expected a NumPy .npy file"),
-    (np.zeros((50, 2)), np.zeros(49), (), "expected (n, columns) and (n,)"),
-    (np.full((50, 2), np.nan), np.zeros(50), (), "NaN, infinity"),
-    (np.zeros((50, 2)), np.full(50, 2e6), (), "numbers beyond a million"),
-    (np.zeros((50, 2)), np.zeros(50), ("--held-out", 50), "--held-out must be from 1 to 49"),
-    (np.zeros((50, 2)), np.arange(50) % 4 + 1, (), "expected 0 … k − 1, each at least once"),
-    (np.zeros((50, 2)), np.zeros(50, int), (), "expected 0 … k − 1, each at least once")])
-def test_bad_data_is_one_line_and_exit_code_2(script, x, y, options, message, tmp_path):
-    for name, content in (("x.npy", x), ("y.npy", y)):
-        if isinstance(content, bytes):
-            (tmp_path / name).write_bytes(content)
-        elif content is not None:
-            np.save(tmp_path / name, content)
-    process = start(script, tmp_path / "x.npy", tmp_path / "y.npy", *options, "--progress-dir", tmp_path / "run",
+@pytest.mark.processes
+def test_two_processes_cannot_write_to_one_folder(tmp_path, small_data):
+    progress = runs.Progress(tmp_path / "run", ["seconds"], {})
+    process = start("sgd.py", *small_data, "--num-epochs", 1, "--progress-dir", tmp_path / "run",
                     log=tmp_path / "log")
     assert process.wait(60) == 2
-    assert message in (tmp_path / "log").read_text().splitlines()[-1] and "Traceback" not in (tmp_path / "log").read_text()
+    assert "another process is writing to" in (tmp_path / "log").read_text()
+    progress.write(weights([2, 1]), seconds=1)
 
 
-@pytest.mark.parametrize("bad", [np.array([{}] * 50), np.array(["a"] * 50), np.zeros(50, complex)])
-def test_what_is_not_numbers_is_refused(bad, tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros((50, 2)))
-    np.save(tmp_path / "y.npy", bad, allow_pickle=True)
-    with pytest.raises(ValueError, match="y.npy: expected a NumPy .npy file that holds an array of numbers"):
-        runs.load_data(tmp_path / "x.npy", tmp_path / "y.npy")
+def test_torn_rows_are_left_out_when_read_and_when_a_run_continues(tmp_path):
+    columns = ["seconds", "test_mse"]
+    progress = runs.Progress(tmp_path, columns, {})
+    progress.write(weights([2, 1]), seconds=1, test_mse=0.5)
+    progress.locked.close()
+    whole = (tmp_path / "metrics.csv").read_text()
+    for torn in ("2", "2,0.4,3,0.3"):
+        (tmp_path / "metrics.csv").write_text(whole + torn)
+        assert runs.read_metrics(tmp_path)["seconds"].tolist() == [1]
+    progress = runs.Progress(tmp_path, columns, {}, resume=True)
+    progress.write(weights([2, 1]), seconds=3, test_mse=0.3)
+    assert (tmp_path / "metrics.csv").read_text() == whole + "3,0.3\n"
 
 
-@pytest.mark.parametrize("columns, labels, dims, message", [
-    (3, False, [2, 4, 1], "begins with 2, but x has 3 columns"),
-    (2, False, [2, 4, 10], "ends with 10, but y holds numbers: it must end with 1"),
-    (2, True, [2, 4, 1], "ends with 1, but y holds labels of 5 classes"),
-    (2, True, [2, 4, 4], "ends with 4, but y holds labels of 5 classes")])
-def test_a_network_that_does_not_fit_the_data_is_one_line(columns, labels, dims, message, tmp_path):
-    paths = save(tmp_path, np.zeros((50, columns)), np.arange(50) % 5 if labels else np.arange(50.0))
-    process = start("sgd.py", *paths, "--layers", *dims, "--progress-dir", tmp_path / "run", log=tmp_path / "log")
-    assert process.wait(60) == 2 and message in (tmp_path / "log").read_text().splitlines()[-1]
+def test_with_a_full_disk_nothing_is_torn_and_no_row_is_lost_when_there_is_space_again(tmp_path):
+    progress = runs.Progress(tmp_path, ["seconds", "examples"], {})
+    progress.write(weights([2, 1]), seconds=1, examples=1)
+    before = (tmp_path / "metrics.csv").read_text()
+    for size in (0, 10, 300):
+        with full_disk(size), pytest.raises(OSError):
+            progress.write(weights([2, 1]), seconds=2, examples=2)
+        assert (tmp_path / "metrics.csv").read_text() == before
+        assert len(runs.snapshots(tmp_path)) == 1
+    progress.write(weights([2, 1]), seconds=3, examples=3)
+    assert (tmp_path / "metrics.csv").read_text() == before + "3,3\n"
+    for path in runs.snapshots(tmp_path):
+        runs.read_snapshot(path)
+
+
+def test_how_a_run_ended_is_in_run_json(tmp_path):
+    for error, how in ((None, "finished"), (KeyboardInterrupt(), "stopped"),
+                       (FloatingPointError("diverged"), "stopped: diverged")):
+        progress = runs.Progress(tmp_path / how[-4:], ["test_mse"], {})
+        with contextlib.suppress(KeyboardInterrupt, FloatingPointError), progress.ending():
+            assert runs.read_json(progress.folder / "run.json")["ended"] is None
+            if error:
+                raise error
+        assert runs.read_json(progress.folder / "run.json")["ended"] == how
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path):
+    progress = runs.Progress(tmp_path, ["test_mse"], {})
+    with pytest.raises(FloatingPointError), full_disk(0), progress.ending():
+        raise FloatingPointError("diverged")
+    assert runs.read_json(tmp_path / "run.json") == {"ended": None}
+
+
+@pytest.mark.parametrize("scores, guess, warned", [
+    ([0.9, 0.3], 0.5, None), ([0.3, 0.5], 0.9, "0.3000 that it began with"),
+    ([0.9, 0.51], 0.5, "0.5000 that a constant guess has"), ([0.9, 0.9], np.inf, "it began with"),
+    ([0.02, 0.02], 0.02, "a constant guess has")])
+def test_a_run_that_has_learned_nothing_says_so_in_one_line(scores, guess, warned, tmp_path):
+    progress = runs.Progress(tmp_path, ["test_mse"], {"constant_guess": guess})
+    for score in scores:
+        progress.write(weights([2, 1]), test_mse=score)
+    lines = progress.verdict()
+    assert len(lines) == (warned is not None)
+    assert not lines or warned in lines[0] and "try a lower --learning-rate" in lines[0]
+
+
+def test_a_checkpoint_holds_weights_and_velocities_and_must_fit(tmp_path):
+    layers, others = (make_layers([3, 4, 1], np.random.default_rng(seed)) for seed in (0, 1))
+    for layer in layers:
+        layer.w_velocity += 1.5
+        layer.b_velocity -= 2.5
+    checkpoint = runs.Checkpoint(tmp_path)
+    assert checkpoint.resume(layers) == {}
+    checkpoint.save(layers, updates=7, loss=0.5)
+    assert checkpoint.resume(others) == {"updates": 7, "loss": 0.5}
+    for mine, theirs in zip(layers, others, strict=True):
+        for part in runs.Checkpoint.PARTS:
+            np.testing.assert_array_equal(getattr(mine, part), getattr(theirs, part))
+    for dims in ([3, 5, 1], [3, 4], [3, 4, 1, 1]):
+        with pytest.raises(ValueError, match="other --layers"):
+            checkpoint.resume(make_layers(dims, np.random.default_rng(0)))
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a whole file"):
+        checkpoint.resume(layers)
+
+
+@pytest.mark.parametrize("name", ["seed", "held_out", "data"])
+def test_a_checkpoint_of_another_run_is_one_clear_error_and_changes_no_layer(name, tmp_path):
+    layers = make_layers([3, 1], np.random.default_rng(0))
+    same, checkpoint = {"seed": 0, "held_out": 200, "data": 12345}, runs.Checkpoint(tmp_path)
+    checkpoint.save(make_layers([3, 1], np.random.default_rng(1)), **same, updates=7)
+    before = layers[0].w.copy()
+    with pytest.raises(ValueError, match=f"is of a run with another {name}; give the same one"):
+        checkpoint.resume(layers, **{**same, name: 1})
+    assert (layers[0].w == before).all()
+    assert checkpoint.resume(layers, **same) == {"updates": 7}
+
+
+def test_checkpoints_that_were_moved_aside_are_never_overwritten(tmp_path, capsys):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 1], np.random.default_rng(0))
+    for updates in (1, 2, 3):
+        checkpoint.save(layers, updates=updates)
+        checkpoint.put_aside()
+        checkpoint.put_aside()  # a second start by mistake: nothing is there to move
+    assert not checkpoint.path.exists() and capsys.readouterr().err.count("moved to") == 3
+    kept = {runs.load(path)["updates"].item() for path in tmp_path.glob("checkpoint.*.npz")}
+    assert kept == {1, 2, 3}
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 4], np.random.default_rng(0))
+    checkpoint.save(layers, updates=1)
+    with full_disk(200), pytest.raises(OSError):
+        checkpoint.save(layers, updates=2)
+    assert checkpoint.resume(layers) == {"updates": 1}
+
+
+def test_json_that_is_missing_or_damaged_is_empty(tmp_path):
+    path = tmp_path / "run.json"
+    assert runs.read_json(path) == {}
+    for text in ("", "{", "[1]", json.dumps("x")):
+        path.write_text(text)
+        assert runs.read_json(path) == {}
+    os.remove(path)

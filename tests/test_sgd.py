@@ -1,16 +1,33 @@
 """The layers, the losses, the loop, and the plain baseline."""
-import csv
+import argparse
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import sgd
 from generate import sample, target
-from plumbing import runs
-from sgd import (Layer, Linear, Sigmoid, backprop, descend, feed_forward, layers_from_weights, loss, loss_gradient,
-                 make_layers, minibatches, test_score as score)
-from tests.processes import ROOT, start
+from plumbing import data, runs
+from sgd import (
+    HIDDEN,
+    Layer,
+    Linear,
+    Sigmoid,
+    Softmax,
+    backprop,
+    descend,
+    feed_forward,
+    layers_from_weights,
+    loss,
+    loss_gradient,
+    make_layers,
+    minibatches,
+    schedule,
+    train,
+)
+from sgd import test_score as score
+from tests.processes import ROOT
 
 
 def mean_loss(layers, x, y):
@@ -19,12 +36,13 @@ def mean_loss(layers, x, y):
 
 @pytest.fixture(params=[1, 4], ids=["a number, squared error", "four classes, cross-entropy"])
 def network(request):
-    """A small network in float64, so that finite differences are exact enough, and a batch of 7."""
+    """A small network in float64, so that finite differences are exact enough, a batch of 7."""
     rng, k = np.random.default_rng(1), request.param
     layers = make_layers([2, 5, 3, k], rng)
     for layer in layers:
         layer.w, layer.b = layer.w.astype(float), rng.normal(size=layer.b.shape)
-    return layers, rng.normal(size=(7, 2)), rng.normal(size=(7, 1)) if k == 1 else np.eye(k)[rng.integers(k, size=7)]
+    y = rng.normal(size=(7, 1)) if k == 1 else np.eye(k)[rng.integers(k, size=7)]
+    return layers, rng.normal(size=(7, 2)), y
 
 
 def test_backprop_matches_finite_differences(network):
@@ -41,14 +59,16 @@ def test_backprop_matches_finite_differences(network):
                 below = mean_loss(layers, x, y)
                 array[index] = before
                 assert gradient[index] == pytest.approx((above - below) / (2 * epsilon), abs=1e-8)
-    for index in np.ndindex(x.shape):  # dL/dx is per example: the loss's mean divides it by the batch
+    for index in np.ndindex(x.shape):  # dL/dx is per example: the mean divides it by the batch
         moved = x.copy()
         moved[index] += epsilon
         above = mean_loss(layers, moved, y)
         moved[index] -= 2 * epsilon
-        assert g[index] / len(x) == pytest.approx((above - mean_loss(layers, moved, y)) / (2 * epsilon), abs=1e-8)
+        slope = (above - mean_loss(layers, moved, y)) / (2 * epsilon)
+        assert g[index] / len(x) == pytest.approx(slope, abs=1e-8)
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("k", [1, 10])
 def test_backprop_matches_keras_gradients(k):
     import keras
@@ -56,20 +76,24 @@ def test_backprop_matches_keras_gradients(k):
     rng = np.random.default_rng(2)
     layers = make_layers([2, 24, 12, k], rng)
     x = rng.normal(size=(100, 2)).astype("f")
-    y = rng.normal(size=(100, 1)).astype("f") if k == 1 else np.eye(k, dtype="f")[rng.integers(k, size=100)]
+    y = rng.normal(size=(100, 1)).astype("f")
+    if k > 1:
+        y = np.eye(k, dtype="f")[rng.integers(k, size=100)]
     g = backprop(layers, loss_gradient(feed_forward(layers, x), y))
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(24, "sigmoid"), keras.layers.Dense(12, "sigmoid"),
-                              keras.layers.Dense(k, None if k == 1 else "softmax")])
+    last = keras.layers.Dense(k, None if k == 1 else "softmax")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(24, "sigmoid"),
+                              keras.layers.Dense(12, "sigmoid"), last])
     model.set_weights([array for layer in layers for array in (layer.w, layer.b)])
     inputs = tf.constant(x)
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        value = (tf.reduce_mean(0.5 * tf.square(model(inputs) - y)) if k == 1
-                 else tf.reduce_mean(keras.losses.categorical_crossentropy(y, model(inputs))))
+        each = (0.5 * tf.square(model(inputs) - y) if k == 1
+                else keras.losses.categorical_crossentropy(y, model(inputs)))
+        value = tf.reduce_mean(each)
     *weights, dL_dx = tape.gradient(value, [*model.trainable_variables, inputs])
     assert mean_loss(layers, x, y) == pytest.approx(float(value), rel=1e-4)
     ours = [array for layer in layers for array in (layer.dL_dw, layer.dL_db)]
-    for mine, theirs in zip(ours, weights):
+    for mine, theirs in zip(ours, weights, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(g / len(x), dL_dx, rtol=1e-4, atol=1e-7)
 
@@ -81,64 +105,210 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_examples(network):
         backprop(layers, loss_gradient(feed_forward(layers, x[k:k + 1]), y[k:k + 1]))
         singles.append([layer.dL_dw for layer in layers])
     backprop(layers, loss_gradient(feed_forward(layers, x), y))
-    for layer, one_by_one in zip(layers, zip(*singles)):
+    for layer, one_by_one in zip(layers, zip(*singles, strict=True), strict=True):
         np.testing.assert_allclose(layer.dL_dw, np.mean(one_by_one, axis=0))
 
 
-def test_momentum_accumulates_past_gradients():
+def test_momentum_accumulates_past_gradients_of_weights_and_biases():
     layer = Layer(np.zeros((1, 1), "f"), np.zeros(1, "f"), Linear)
     for _ in range(2):
-        layer.dL_dw, layer.dL_db = np.ones((1, 1), "f"), np.zeros(1, "f")
+        layer.dL_dw, layer.dL_db = np.ones((1, 1), "f"), np.full(1, 2, "f")
         descend([layer], 1.0, momentum=0.5)
     assert layer.w[0, 0] == pytest.approx(-(1 + 1.5))
+    assert layer.b[0] == pytest.approx(-2 * (1 + 1.5))
+
+
+def test_momentum_never_changes_the_velocities_in_place():
+    """A checkpoint's arrays, or a copy of the layer, may share them."""
+    layer = Layer(np.zeros((1, 1), "f"), np.zeros(1, "f"), Linear)
+    velocity = layer.w_velocity
+    layer.dL_dw, layer.dL_db = np.ones((1, 1), "f"), np.ones(1, "f")
+    descend([layer], 1.0, momentum=0.5)
+    assert velocity[0, 0] == 0 and layer.w_velocity[0, 0] == 1
 
 
 def test_sigmoid_neither_overflows_nor_warns():
     with np.errstate(all="raise"):
-        np.testing.assert_allclose(Sigmoid.activate(np.array([-1e4, 0, 1e4], "f")), [0, 0.5, 1])
+        large = np.array([-1e4, 0, 1e4], "f")
+        np.testing.assert_allclose(Sigmoid.activate(large), [0, 0.5, 1])
+
+
+def test_softmax_neither_overflows_nor_returns_zero_nor_depends_on_a_constant():
+    z = np.array([[1e4, 1e4, -1e4], [1, 2, 3]], "f")
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        h = Softmax.activate(z)
+        assert np.isfinite(np.log(h)).all()
+    np.testing.assert_allclose(h[0], [0.5, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(h.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(Softmax.activate(z[1:] + 64), h[1:], rtol=1e-5)
+
+
+def test_backprop_through_softmax_and_cross_entropy_is_y_hat_minus_y():
+    z = np.random.default_rng(0).normal(size=(5, 3))
+    y = np.eye(3)[[0, 1, 2, 0, 1]]
+    y_hat = Softmax.activate(z)
+    np.testing.assert_allclose(Softmax.backprop(y_hat, loss_gradient(y_hat, y)), y_hat - y)
 
 
 def test_what_is_reported_is_the_mse_or_the_share_of_wrong_classes():
-    layers = [Layer(np.eye(3, dtype="f"), np.zeros(3, "f"), Linear)]
-    y = np.eye(3, dtype="f")[[0, 1, 2, 2]]
-    assert score(layers, np.eye(3, dtype="f")[[0, 1, 2, 0]], y) == 0.25
-    assert score([Layer(np.ones((1, 1), "f"), np.zeros(1, "f"), Linear)], np.array([[1.0], [2]]), np.array([[1.0], [4]])) == 2
+    layers, y = [Layer(np.eye(3, dtype="f"), np.zeros(3, "f"), Linear)], np.eye(3, dtype="f")
+    assert score(layers, y[[0, 1, 2, 0]], y[[0, 1, 2, 2]]) == 0.25
+    one = [Layer(np.ones((1, 1), "f"), np.zeros(1, "f"), Linear)]
+    assert score(one, np.array([[1.0], [2]]), np.array([[1.0], [4]])) == 2
+
+
+@pytest.mark.parametrize("k, last", [(1, Linear), (3, Softmax)])
+def test_layers_from_weights_compute_what_the_layers_did(k, last):
+    layers = make_layers([2, 4, k], np.random.default_rng(0))
+    again = layers_from_weights([(layer.w, layer.b) for layer in layers])
+    x = np.random.default_rng(1).normal(size=(6, 2)).astype("f")
+    np.testing.assert_array_equal(feed_forward(again, x), feed_forward(layers, x))
+    assert [layer.activation for layer in again] == [HIDDEN, last]
+
+
+def test_deep_stacks_pass_a_signal_on():
+    """What a layer's activations vary by over examples neither vanishes nor saturates."""
+    x = np.random.default_rng(0).uniform(-1, 1, (500, 64)).astype("f")
+    layers = make_layers([64] * 8, np.random.default_rng(1), last=HIDDEN)
+    assert 0.1 < feed_forward(layers, x).std(axis=0).mean() < 0.5
+    h = Sigmoid.activate(x)
+    upper = make_layers([64, 64], np.random.default_rng(1), last=HIDDEN, input_mean=h.mean())
+    assert abs(feed_forward(upper, h).mean() - 0.5) < 0.05
 
 
 def test_minibatches_visit_every_example_once_an_epoch_and_can_be_resumed():
     order = list(minibatches(10, 4, num_epochs=3, seed=5))
     assert [len(i) for i in order] == [4, 4, 2] * 3
     epochs = np.concatenate(order).reshape(3, 10)
-    assert (np.sort(epochs) == np.arange(10)).all() and (epochs[0] != epochs[1]).any()
+    assert (np.sort(epochs) == np.arange(10)).all()
     resumed = list(minibatches(10, 4, num_epochs=3, seed=5, skip=14))
     assert all((mine == theirs).all() for mine, theirs in zip(resumed, order[4:], strict=True))
 
 
+def test_every_epoch_and_every_seed_has_another_order():
+    orders = [tuple(np.concatenate(list(minibatches(50, 50, 3, seed))).reshape(3, 50)[epoch])
+              for seed in (0, 1) for epoch in range(3)]
+    assert len(set(orders)) == 6
+
+
+def test_the_rate_of_the_decoupled_trainers_warms_up_and_halves_after_decay_updates():
+    rate = schedule(3.0, decay=100, warm_up=9)
+    assert rate(0) == pytest.approx(0.3) and rate(4) == pytest.approx(1.5 / 1.04)
+    assert rate(100) == pytest.approx(1.5) and rate(300) == pytest.approx(0.75)
+    assert schedule(3.0, decay=100)(0) == 3.0
+
+
+def test_train_descends_with_the_rate_of_each_clock():
+    x, y, asked = np.ones((4, 1), "f"), np.zeros((4, 1), "f"), []
+
+    def rate(clock):
+        asked.append(clock)
+        return 0.5 ** (clock + 1)
+    layer = Layer(np.ones((1, 1), "f"), np.zeros(1, "f"), Linear)
+    assert list(train([layer], x, y, minibatches(4, 2, 1, seed=0), rate, 0.0)) == [2, 2]
+    assert asked == [0, 1]
+    # w + b, what the network says, is halved twice: first by 2 · 0.5 of itself, to zero
+    assert layer.w[0, 0] + layer.b[0] == pytest.approx(0)
+
+
 def test_target_has_the_stated_variance():
-    assert target(sample(100_000, 3)[0].astype(float)).var() == pytest.approx(0.161, abs=0.002)
+    x = sample(100_000, 3)[0].astype(float)
+    assert target(x).var() == pytest.approx(0.161, abs=0.002)
 
 
-def test_sgd_learns_and_writes_metrics_and_snapshots(tmp_path, small_data):
-    process = start("sgd.py", *small_data, "--num-epochs", 8, "--learning-rate", 0.1, "--progress-dir",
-                    tmp_path / "run", log=tmp_path / "log")
-    assert process.wait(120) == 0, (tmp_path / "log").read_text()
-    rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv")))
+def run_sgd(monkeypatch, *args):
+    """`python sgd.py ARGS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["sgd.py", *map(str, args)])
+    sgd.main()
+
+
+def test_sgd_learns_and_writes_metrics_and_snapshots(tmp_path, small_data, monkeypatch):
+    run_sgd(monkeypatch, *small_data, "--num-epochs", 8, "--learning-rate", 0.3, "--batch-size", 4,
+            "--progress-dir", tmp_path / "run")
+    rows = runs.read_rows(tmp_path / "run")
     assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
     assert [int(row["examples"]) for row in rows] == [3800 * n for n in range(1, 9)]
     assert float(rows[-1]["test_mse"]) < 0.1 < 0.15 < float(rows[0]["test_mse"])
-    weights, row = runs.read_snapshot(runs.snapshots(tmp_path / "run")[-1])
-    _, _, x_test, y_test = runs.load_data(*small_data)
-    assert score(layers_from_weights(weights), x_test, y_test) == pytest.approx(row["test_mse"])
+    weights, row, _ = runs.read_snapshot(runs.snapshots(tmp_path / "run")[-1])
+    loaded = data.load(*small_data)
+    reached = score(layers_from_weights(weights), loaded.x_test, loaded.y_test)
+    assert reached == pytest.approx(row["test_mse"])
+    assert runs.read_json(tmp_path / "run" / "run.json")["ended"] == "finished"
 
 
-def test_sgd_learns_classes(tmp_path, small_digits):
-    process = start("sgd.py", *small_digits, "--layers", 784, 32, 10, "--num-epochs", 5, "--batch-size", 20,
-                    "--learning-rate", 0.1, "--progress-dir", tmp_path / "run", log=tmp_path / "log")
-    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+def test_sgd_is_its_own_loop_with_a_rate_that_decays_every_epoch(tmp_path, small_data, monkeypatch):
+    run_sgd(monkeypatch, *small_data, "--num-epochs", 3, "--learning-rate", 0.5, "--decay", 0.25,
+            "--batch-size", 100, "--momentum", 0.5, "--seed", 7, "--progress-dir", tmp_path / "run")
+    loaded = data.load(*small_data)
+    layers = make_layers([2, 24, 12, 1], np.random.default_rng([7, 1]))
+    for n, i in enumerate(minibatches(len(loaded.x), 100, 3, seed=7)):
+        backprop(layers, loss_gradient(feed_forward(layers, loaded.x[i]), loaded.y[i]))
+        descend(layers, 0.5 * 0.25 ** (n // 38), 0.5)
+    weights, *_ = runs.read_snapshot(runs.snapshots(tmp_path / "run")[-1])
+    for layer, (w, b) in zip(layers, weights, strict=True):
+        np.testing.assert_array_equal(layer.w, w)
+        np.testing.assert_array_equal(layer.b, b)
+
+
+def test_sgd_learns_classes(tmp_path, small_digits, monkeypatch):
+    run_sgd(monkeypatch, *small_digits, "--layers", 784, 32, 10, "--num-epochs", 5, "--batch-size",
+            20, "--learning-rate", 0.1, "--progress-dir", tmp_path / "run")
     assert runs.read_metrics(tmp_path / "run")["test_error"][-1] < 0.3  # by chance 0.9
 
 
+def test_sgd_that_diverges_says_so_in_one_line_and_ends_with_code_1(
+        tmp_path, small_data, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_sgd(monkeypatch, *small_data, "--learning-rate", 1e5, "--num-epochs", 2,
+                "--progress-dir", tmp_path / "run")
+    assert ended.value.code == 1
+    assert "diverged in epoch 1; try a lower" in capsys.readouterr().err.splitlines()[-1]
+    assert "diverged" in runs.read_json(tmp_path / "run" / "run.json")["ended"]
+
+
+def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path):
+    x, y = sample(50, 0)
+    for columns, dims, message in ((x[:, [0, 0, 1]], [2, 4, 1], "x has 3 columns: --layers 3 4 1"),
+                                   (x, [2, 4, 10], "ends with 10, but y holds numbers: .* with 1")):
+        loaded = data.Data(columns, y[:, None], columns, y[:, None])
+        with pytest.raises(ValueError, match=message):
+            data.check_widths(loaded, dims, "--layers")
+    classes = np.eye(5, dtype="f")[np.arange(50) % 5]
+    with pytest.raises(ValueError, match="ends with 4, but y holds labels of 5 classes"):
+        data.check_widths(data.Data(x, classes, x, classes), [2, 4, 4], "--layers")
+
+
+def test_sgd_with_a_full_disk_ends_with_one_line(tmp_path, small_data, monkeypatch, capsys):
+    replace = runs.os.replace
+
+    def full(source, to):
+        if "snapshot_000001" in str(to):
+            raise OSError(28, "No space left on device")
+        return replace(source, to)
+    monkeypatch.setattr(runs.os, "replace", full)
+    with pytest.raises(SystemExit) as ended:
+        run_sgd(monkeypatch, *small_data, "--num-epochs", 3, "--batch-size", 100,
+                "--progress-dir", tmp_path / "run")
+    assert ended.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert len(runs.read_rows(tmp_path / "run")) == 1
+    assert "No space left" in runs.read_json(tmp_path / "run" / "run.json")["ended"]
+
+
+def test_run_takes_every_option_from_args_and_changes_none(tmp_path, small_data):
+    """A function does not change its args."""
+    args = argparse.Namespace(layers=[2, 4, 1], batch_size=100, num_epochs=1, seed=0, decay=0.9,
+                              learning_rate=0.1, momentum=0.0)
+    before, loaded = dict(vars(args)), data.load(*small_data)
+    progress = runs.Progress(tmp_path / "run", ["seconds", "examples", "epoch", "test_mse"], {})
+    from tqdm import tqdm
+    sgd.run(args, loaded, progress, tqdm)
+    assert vars(args) == before
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("module", ["sgd", "generate", "plot"])
 def test_the_simple_scripts_import_neither_tensorflow_nor_flask(module):
-    check = f"import {module}, sys; sys.exit(any(name in sys.modules for name in ('tensorflow', 'flask')))"
+    check = (f"import {module}, sys; "
+             "sys.exit(any(name in sys.modules for name in ('tensorflow', 'flask')))")
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
