@@ -1,10 +1,11 @@
 """What asynchrony adds to SGD: fire-and-forget, arrivals, replay, and gradients with bounded
 staleness.
 
-    Outbox            below, above   what is thrown at another process without waiting for it
     Arrivals          above          what to train on next: the newest arrival first, else replay
     Replay            above, oracle  the newest examples, and how often each may be trained on
     BoundedStaleness  below          asks for a gradient, and waits while the answer is too old
+    Delayed           below          true gradients of earlier minibatches, instead of guesses
+    gradient_source   below          where a gradient comes from: the one place where that is chosen
 
 "below" and "above" are the parts of the network below and above a cut. None of these classes knows
 how a message travels: examples/in_process.py connects them by plain function calls, the trainers by
@@ -40,74 +41,6 @@ class Part:
         """[(w, b), ...], copied, and how many updates made them."""
         with self.lock:
             return [(layer.w.copy(), layer.b.copy()) for layer in self.layers], self.updates
-
-
-class Outbox:
-    """What has been thrown at another process: fire-and-forget, so nobody waits for it to be
-    posted.
-
-    The queue holds at most `max_rows` examples; beyond that the oldest are dropped. What cannot be
-    delivered is dropped too. thrown = sent + dropped + what waits or is on its way. A thread of its
-    own takes messages of at most `per_message` examples from here, see plumbing/posting.py.
-    """
-
-    def __init__(self, max_rows, per_message):
-        self.max_rows, self.per_message = max_rows, per_message
-        self.queue, self.kept = collections.deque(), collections.deque()  # kept: to throw again
-        self.changed, self.closing = threading.Condition(), False
-        self.thrown = self.sent = self.dropped = 0
-
-    def throw(self, *columns):
-        """columns: i, h, y, clock, and g where it is known. They must not be written to any
-        more."""
-        with self.changed:
-            self._append(columns)
-            self.kept.append(columns)
-            self._trim(self.kept)
-
-    def throw_again(self, after):
-        """Throw once more what is newer than the clock `after`, or all that is kept if it is
-        None."""
-        with self.changed:
-            waiting = {id(columns) for columns in self.queue}
-            for columns in self.kept:
-                if id(columns) not in waiting and (after is None or columns[3].max() > after):
-                    self._append(columns)
-
-    def _append(self, columns):
-        self.queue.append(columns)
-        self.thrown += len(columns[0])
-        self.dropped += self._trim(self.queue)
-        self.changed.notify()
-
-    def _trim(self, minibatches):
-        excess, removed = sum(len(each[0]) for each in minibatches) - self.max_rows, 0
-        while removed < excess and len(minibatches) > 1:
-            removed += len(minibatches.popleft()[0])
-        return removed
-
-    def next_message(self):
-        """Waits for minibatches and takes the oldest ones: as many as fit into a message, at least
-        one.
-
-        Returns its columns; None when the outbox is closed and empty.
-        """
-        with self.changed:
-            self.changed.wait_for(lambda: self.queue or self.closing)
-            taken, rows = [], 0
-            while self.queue and (not taken or rows + len(self.queue[0][0]) <= self.per_message):
-                taken.append(self.queue.popleft())
-                rows += len(taken[-1][0])
-        return [np.concatenate(column) for column in zip(*taken, strict=True)] or None
-
-    def count(self, rows, delivered):
-        with self.changed:
-            self.sent += rows * delivered
-            self.dropped += rows * (not delivered)
-
-    def counters(self):
-        with self.changed:
-            return {"thrown": self.thrown, "sent": self.sent, "dropped": self.dropped}
 
 
 class Replay:
@@ -279,3 +212,48 @@ class BoundedStaleness:
                 "latency_ms": float(np.median(milliseconds)),
                 "latency_ms_p95": float(np.percentile(milliseconds, 95)),
                 "waits": self.waits, "waited": self.waited}
+
+
+class Delayed:
+    """True gradients of earlier minibatches: the competitor of guesses (Huo et al. 2018).
+
+    When a gradient comes back, the layers get back the x and h of the minibatch that it belongs to,
+    so that backprop applies it there. If several have come back, the oldest is next. Until one has,
+    the gradient is zero. What comes back more than `bound` updates late is dropped.
+    """
+
+    def __init__(self, layers, bound):
+        self.layers, self.bound = layers, bound
+        self.memory = {}                     # clock -> i, (x, h) of each layer, which rows are due
+        self.returned = collections.deque()  # (clock, i, g); servers' threads add at the end
+        self.learned = None                  # the newest clock of a gradient that was applied
+
+    def add(self, i, h, y, clock, g):
+        """In a server's thread: true gradients g (batch, width), of one or more minibatches."""
+        cuts = np.flatnonzero(np.diff(clock)) + 1
+        self.returned.extend(zip(*(np.split(each, cuts) for each in (clock, i, g)), strict=True))
+
+    def answer(self, i, h, y, clock):
+        """For BoundedStaleness: g, and the newest clock that was applied."""
+        remembered = [(layer.x, layer.h) for layer in self.layers]
+        self.memory[clock] = i, remembered, np.ones(len(i), bool)
+        self.memory.pop(clock - self.bound - 1, None)
+        while self.returned:
+            (then, *_), its_i, its_g = self.returned.popleft()
+            i_then, remembered, due = self.memory.get(then, (its_i, [], np.zeros(len(its_i), bool)))
+            _, rows, theirs = np.intersect1d(i_then, its_i, return_indices=True)
+            if due[rows].any():  # what comes twice is applied once
+                for layer, (x, activations) in zip(self.layers, remembered, strict=True):
+                    layer.x, layer.h = x, activations
+                g = np.zeros_like(layer.h)
+                g[rows] = its_g[theirs] * due[rows, None]
+                due[rows], self.learned = False, max(int(then), self.learned or 0)
+                return g, self.learned
+        return np.zeros_like(h), self.learned
+
+
+def gradient_source(kind, guess, truth, rng):
+    """gradient(i, h, y, clock) -> g (batch, width). Nothing else depends on where it comes from."""
+    return {"synthetic": guess, "delayed": guess, "true": truth,
+            "zero": lambda *minibatch: 0 * guess(*minibatch),
+            "shuffled": lambda *minibatch: rng.permutation(guess(*minibatch))}[kind]

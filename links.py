@@ -13,9 +13,9 @@ import time
 import flask
 import numpy as np
 
-from exchange import Arrivals, BoundedStaleness, Outbox, Replay
+from exchange import Arrivals, BoundedStaleness, Replay
 from plumbing import runs, say, serving
-from plumbing.posting import Poster
+from plumbing.posting import Outbox, Poster
 from plumbing.wire import NoAnswer, Refused, encode, rows_per_message
 from synthgrad import Examples, OracleClient, PartClient, Question, encode_weights
 

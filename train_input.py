@@ -12,7 +12,6 @@ fetches the weights above the cut, tests the whole network on held-out examples,
 and a snapshot into progress/. The run ends here, after --num-epochs; the other processes then wait
 for news until they are stopped.
 """
-import collections
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from plumbing import data, options, runs, say, serving  # first, see there
 import numpy as np
 from tqdm import tqdm
 
+from exchange import Delayed, gradient_source
 from links import LowerEnd
 from plumbing.wire import NoAnswer, Refused
 from sgd import (
@@ -52,51 +52,6 @@ def train(layers, x, y, order, learning_rate, momentum, throw, gradient, clock=0
         backprop(layers, g)
         descend(layers, learning_rate(clock), momentum)
         yield len(i)
-
-
-class Delayed:
-    """True gradients of earlier minibatches: the competitor of guesses (Huo et al. 2018).
-
-    When a gradient comes back, the layers get back the x and h of the minibatch that it belongs to,
-    so that backprop applies it there. If several have come back, the oldest is next. Until one has,
-    the gradient is zero. What comes back more than `bound` updates late is dropped.
-    """
-
-    def __init__(self, layers, bound):
-        self.layers, self.bound = layers, bound
-        self.memory = {}                     # clock -> i, (x, h) of each layer, which rows are due
-        self.returned = collections.deque()  # (clock, i, g); servers' threads add at the end
-        self.learned = None                  # the newest clock of a gradient that was applied
-
-    def add(self, i, h, y, clock, g):
-        """In a server's thread: true gradients g (batch, width), of one or more minibatches."""
-        cuts = np.flatnonzero(np.diff(clock)) + 1
-        self.returned.extend(zip(*(np.split(each, cuts) for each in (clock, i, g)), strict=True))
-
-    def answer(self, i, h, y, clock):
-        """For BoundedStaleness: g, and the newest clock that was applied."""
-        remembered = [(layer.x, layer.h) for layer in self.layers]
-        self.memory[clock] = i, remembered, np.ones(len(i), bool)
-        self.memory.pop(clock - self.bound - 1, None)
-        while self.returned:
-            (then, *_), its_i, its_g = self.returned.popleft()
-            i_then, remembered, due = self.memory.get(then, (its_i, [], np.zeros(len(its_i), bool)))
-            _, rows, theirs = np.intersect1d(i_then, its_i, return_indices=True)
-            if due[rows].any():  # what comes twice is applied once
-                for layer, (x, activations) in zip(self.layers, remembered, strict=True):
-                    layer.x, layer.h = x, activations
-                g = np.zeros_like(layer.h)
-                g[rows] = its_g[theirs] * due[rows, None]
-                due[rows], self.learned = False, max(int(then), self.learned or 0)
-                return g, self.learned
-        return np.zeros_like(h), self.learned
-
-
-def gradient_source(kind, guess, truth, rng):
-    """gradient(i, h, y, clock) -> g (batch, width). Nothing else depends on where it comes from."""
-    return {"synthetic": guess, "delayed": guess, "true": truth,
-            "zero": lambda *minibatch: 0 * guess(*minibatch),
-            "shuffled": lambda *minibatch: rng.permutation(guess(*minibatch))}[kind]
 
 
 class Report:

@@ -12,11 +12,10 @@ networks with a synthetic gradient at every layer (section 2.1).
 from plumbing import options, runs, say, serving  # first, see there
 import numpy as np
 
-from exchange import Part
+from exchange import Part, gradient_source
 from links import LowerEnd, UpperEnd
 from sgd import HIDDEN, backprop, feed_forward, make_layers, schedule
 from synthgrad import PartClient
-from train_input import gradient_source
 from train_output import add_checkpoint_option
 
 DEFAULTS = dict(

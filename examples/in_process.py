@@ -24,7 +24,7 @@ import oracle
 import train_input
 import train_middle
 import train_output
-from exchange import Arrivals, BoundedStaleness, Part, Replay
+from exchange import Arrivals, BoundedStaleness, Delayed, Part, Replay, gradient_source
 from plumbing.wire import NoAnswer
 from sgd import make_layers, minibatches, schedule, test_score
 
@@ -43,10 +43,10 @@ class Link:
         self.rng = np.random.default_rng([args.seed, 3, width])
         self.oracle = oracle.Oracle([width + self.labels, *args.oracle_layers, width],
                                     args.oracle_rate, args.batch_size, args.seed)
-        self.delayed = train_input.Delayed([], args.staleness)
+        self.delayed = Delayed([], args.staleness)
         answer = self.delayed.answer if args.gradients == "delayed" else self.ask
         self.bounded = BoundedStaleness(answer, args.staleness, self.wait, lambda after: None)
-        self.gradient = train_input.gradient_source(
+        self.gradient = gradient_source(
             args.gradients, self.bounded, self.truth, np.random.default_rng([args.seed, 5]))
 
     def throw(self, i, h, y, clock):

@@ -1,10 +1,81 @@
-"""The thread that posts what has been thrown into an outbox."""
+"""Fire-and-forget: what is thrown at another process, and the thread that posts it."""
+import collections
 import threading
+
+import numpy as np
 
 from plumbing import say
 
 PAUSE = 0.004    # seconds between posts: what is thrown meanwhile shares one request
 TRY_AGAIN = 0.5  # seconds until a post that failed is followed by the next one
+
+
+class Outbox:
+    """What has been thrown at another process: fire-and-forget, so nobody waits for it to be
+    posted.
+
+    The queue holds at most `max_rows` examples; beyond that the oldest are dropped. What cannot be
+    delivered is dropped too. thrown = sent + dropped + what waits or is on its way. A thread of its
+    own takes messages of at most `per_message` examples from here, see plumbing/posting.py.
+    """
+
+    def __init__(self, max_rows, per_message):
+        self.max_rows, self.per_message = max_rows, per_message
+        self.queue, self.kept = collections.deque(), collections.deque()  # kept: to throw again
+        self.changed, self.closing = threading.Condition(), False
+        self.thrown = self.sent = self.dropped = 0
+
+    def throw(self, *columns):
+        """columns: i, h, y, clock, and g where it is known. They must not be written to any
+        more."""
+        with self.changed:
+            self._append(columns)
+            self.kept.append(columns)
+            self._trim(self.kept)
+
+    def throw_again(self, after):
+        """Throw once more what is newer than the clock `after`, or all that is kept if it is
+        None."""
+        with self.changed:
+            waiting = {id(columns) for columns in self.queue}
+            for columns in self.kept:
+                if id(columns) not in waiting and (after is None or columns[3].max() > after):
+                    self._append(columns)
+
+    def _append(self, columns):
+        self.queue.append(columns)
+        self.thrown += len(columns[0])
+        self.dropped += self._trim(self.queue)
+        self.changed.notify()
+
+    def _trim(self, minibatches):
+        excess, removed = sum(len(each[0]) for each in minibatches) - self.max_rows, 0
+        while removed < excess and len(minibatches) > 1:
+            removed += len(minibatches.popleft()[0])
+        return removed
+
+    def next_message(self):
+        """Waits for minibatches and takes the oldest ones: as many as fit into a message, at least
+        one.
+
+        Returns its columns; None when the outbox is closed and empty.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.queue or self.closing)
+            taken, rows = [], 0
+            while self.queue and (not taken or rows + len(self.queue[0][0]) <= self.per_message):
+                taken.append(self.queue.popleft())
+                rows += len(taken[-1][0])
+        return [np.concatenate(column) for column in zip(*taken, strict=True)] or None
+
+    def count(self, rows, delivered):
+        with self.changed:
+            self.sent += rows * delivered
+            self.dropped += rows * (not delivered)
+
+    def counters(self):
+        with self.changed:
+            return {"thrown": self.thrown, "sent": self.sent, "dropped": self.dropped}
 
 
 class Poster:

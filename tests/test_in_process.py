@@ -36,7 +36,7 @@ class Silent:
     def guess(self, h):
         return np.zeros((len(h), self.width), np.float32), None
 
-    def train(self, h, g, clock):
+    def train(self, h, g, clock, ages):
         pass
 
 
@@ -49,11 +49,11 @@ class Linear(Silent):
             return super().guess(h)
         return np.column_stack([h, np.ones(len(h))]).astype("f") @ self.w, self.learned
 
-    def train(self, h, g, clock):
+    def train(self, h, g, clock, ages):
         inputs = np.column_stack([h, np.ones(len(h))])
         ridge = inputs.T @ inputs + np.eye(inputs.shape[1])
         self.w = np.linalg.solve(ridge, inputs.T @ g).astype("f")
-        self.learned = int(clock[0])
+        self.learned = int(clock[ages == ages.min()].max())
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_the_oracle_writes_to_no_array_that_it_is_given(loaded):
     clock = np.arange(100)
     for each in (h, g, clock):
         each.flags.writeable = False
-    model.train(h, g, clock)
+    model.train(h, g, clock, clock[::-1])
     model.guess(h)
 
 

@@ -12,8 +12,9 @@ import links
 import train_input
 import train_middle
 import train_output
-from exchange import BoundedStaleness, Outbox, Part
+from exchange import BoundedStaleness, Part
 from plumbing import data, runs, serving
+from plumbing.posting import Outbox
 from plumbing.wire import MAX_BODY, NoAnswer, Refused, encode, json_to_ndarray
 from sgd import HIDDEN, backprop, feed_forward, loss_gradient, make_layers
 from synthgrad import Status

@@ -37,7 +37,7 @@ def test_before_it_has_learned_anything_the_model_itself_guesses_zero():
 def test_the_answer_is_the_keras_models_own():
     rng, model = np.random.default_rng(0), Oracle([6, 12, 12, 6], 0.01, BATCH, seed=0)
     h, g = examples(rng)
-    model.train(h, g, np.arange(N)[::-1])
+    model.train(h, g, np.arange(N)[::-1], np.arange(N))
     learned, (mean, deviation, scale), _ = model.published
     expected = scale * model.model((h - mean) / deviation).numpy()
     guess, clock = model.guess(h)
@@ -49,12 +49,12 @@ def test_an_answer_is_of_one_moment_whatever_is_trained_meanwhile():
     """Published weights and moments are replaced whole, and training does not write to them."""
     rng, model = np.random.default_rng(0), Oracle([6, 6], 0.01, BATCH, seed=0)
     h, g = examples(rng)
-    model.train(h, g, np.zeros(N, int))
+    model.train(h, g, np.zeros(N, int), np.zeros(N, int))
     published = model.published
     _, moments, weights = published
     before = [np.copy(each) for each in (*moments, *weights)]
     for _ in range(3):
-        model.train(*examples(rng), np.ones(N, int))
+        model.train(*examples(rng), np.ones(N, int), np.zeros(N, int))
     assert model.published is not published
     for then, now in zip(before, (*moments, *weights), strict=True):
         np.testing.assert_array_equal(then, now)
@@ -63,15 +63,27 @@ def test_an_answer_is_of_one_moment_whatever_is_trained_meanwhile():
 def test_the_moments_are_those_of_about_ten_calls():
     rng, model = np.random.default_rng(0), Oracle([6, 6], 0.01, BATCH, seed=0)
     h, g = examples(rng)
-    model.train(h, g, np.zeros(N, int))
+    model.train(h, g, np.zeros(N, int), np.zeros(N, int))
     mean, deviation, scale = model.moments
     np.testing.assert_allclose(mean, h.mean(axis=0))
     np.testing.assert_allclose(deviation, h.std(axis=0) + 1e-3)
     assert scale == pytest.approx(np.sqrt(np.mean(g**2)))
-    model.train(h + 10, 3 * g, np.zeros(N, int))
+    model.train(h + 10, 3 * g, np.zeros(N, int), np.zeros(N, int))
     np.testing.assert_allclose(model.moments[0], mean + 1, rtol=1e-5)
     np.testing.assert_allclose(model.moments[1], deviation, rtol=1e-3)
     assert model.moments[2] == pytest.approx(1.2 * scale)
+
+
+def test_it_has_learned_from_the_newest_arrivals_whatever_their_clocks_say():
+    """After a resume from an older checkpoint the newest arrivals have older clocks."""
+    model, rng = Oracle([6, 6], 0.01, 10, seed=0), np.random.default_rng(0)
+    h, g = rng.random((100, 6), "f"), rng.normal(size=(100, 6)).astype("f")
+    clock, ages = np.repeat([9, 7, 8, 3000], 25), np.arange(100)
+    model.train(h, g, clock, ages)
+    assert model.published[0] == 9
+    order = rng.permutation(100)
+    model.train(h, g, clock[order], ages[order])
+    assert model.published[0] == 9
 
 
 def test_it_learns_a_linear_gradient_field_and_its_loss_says_so():
@@ -81,7 +93,7 @@ def test_it_learns_a_linear_gradient_field_and_its_loss_says_so():
     for _ in range(100):
         h = rng.random((N, 6), "f")
         g = ((h - 0.5) @ field * 1e-3).astype("f")
-        losses.append(model.train(h, g, np.zeros(N, int)))
+        losses.append(model.train(h, g, np.zeros(N, int), np.zeros(N, int)))
     assert losses[0] == pytest.approx(1, abs=0.3) and losses[-1] < 0.05
     guess, _ = model.guess(h)
     assert np.mean((guess - g) ** 2) < 0.05 * np.mean(g**2)
@@ -92,7 +104,7 @@ def test_it_diverges_in_one_clear_error():
     model = Oracle([6, 6], 1e6, BATCH, seed=0)
     with pytest.raises(FloatingPointError, match="the oracle diverged; try a lower"):
         for _ in range(10):
-            model.train(*examples(np.random.default_rng(0)), np.zeros(N, int))
+            model.train(*examples(np.random.default_rng(0)), np.zeros(N, int), np.zeros(N, int))
 
 
 def test_where_xla_cannot_compile_it_says_so_once_and_trains_without(monkeypatch, capsys):
@@ -113,9 +125,9 @@ def test_where_xla_cannot_compile_it_says_so_once_and_trains_without(monkeypatch
     monkeypatch.setattr(tf, "function", failing_function)
     model = Oracle([6, 6], 0.01, BATCH, seed=0)
     h, g = examples(np.random.default_rng(0))
-    first = model.train(h, g, np.zeros(N, int))
+    first = model.train(h, g, np.zeros(N, int), np.zeros(N, int))
     for _ in range(20):
-        last = model.train(h, g, np.zeros(N, int))
+        last = model.train(h, g, np.zeros(N, int), np.zeros(N, int))
     assert tried == [True, False] and last < first
     said = capsys.readouterr().err
     assert said.count("XLA cannot compile here (no registered platform): training without") == 1
@@ -164,7 +176,7 @@ def test_it_starts_whatever_keras_is_set_to(backend, floatx, tmp_path):
     code = """if True:
         import oracle, numpy as np
         model = oracle.Oracle([6, 6], 0.01, 10, seed=0)
-        model.train(np.ones((100, 6), "f"), np.ones((100, 6), "f"), np.zeros(100, int))
+        model.train(np.ones((100, 6), "f"), np.ones((100, 6), "f"), np.zeros(100, int), np.zeros(100, int))
         assert model.guess(np.ones((1, 6), "f"))[0].dtype == np.float32"""
     environment = {**os.environ, "KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
