@@ -1,11 +1,11 @@
 """`make mutants`: changes the code in small ways, one at a time, and prints what no fast test
 notices.
 
-    python -m tests.mutants                     # all of sgd.py, exchange.py, synthgrad.py, the loops
-    python -m tests.mutants 'exchange.*'        # names of mutmut's, with * for anything
+    python -m tests.mutants                # sgd.py, exchange.py, synthgrad.py, the trainers' loops
+    python -m tests.mutants 'exchange.*'   # names of mutmut's, with * for anything
 
-mutmut (https://mutmut.readthedocs.io) makes the changes, in the folder mutants/. What it changes and
-with which tests it tries stands in pyproject.toml. Of the trainers only what is named in LOOPS
+mutmut (https://mutmut.readthedocs.io) makes the changes, in the folder mutants/. What it changes
+and with which tests it tries stands in pyproject.toml. Of the trainers only what is named in LOOPS
 counts: the rest of them is plumbing, which the tests with processes cover.
 """
 import os

@@ -8,13 +8,13 @@ from sgd import make_layers
 from tests.processes import Three, end, start, wait_until
 
 pytestmark = pytest.mark.processes
-UPDATES = 30 * 38  # of 30 epochs of 3,800 examples
+UPDATES = 20 * 38  # of 20 epochs of 3,800 examples
 
 
 @pytest.mark.parametrize("victim", ["oracle", "output", "input"])
 def test_a_restart_at_any_stage_ends_in_a_finished_run(victim, tmp_path, small_data):
     three = Three(tmp_path, output=["--resume", "--checkpoint-seconds", 0.5], input=[
-        *small_data, "--num-epochs", 30, "--resume", "--staleness", 300, "--learning-rate", 0.3,
+        *small_data, "--num-epochs", 20, "--resume", "--staleness", 300, "--learning-rate", 0.3,
         "--snapshot-seconds", 1])
     three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
 
@@ -35,7 +35,7 @@ def test_a_restart_at_any_stage_ends_in_a_finished_run(victim, tmp_path, small_d
         restart()
         three.to_output.cut = False
         wait_until(lambda: UPDATES > three.updates() > UPDATES - 250, "the run to come near its "
-                   "end", pause=0.01)
+                   "end", timeout=120, pause=0.01)
         before, three.to_output.cut = waits(), True  # no last snapshot, nor the one before
         wait_until(lambda: waits() > before, "it to wait for weights or for the oracle")
         restart()
