@@ -176,7 +176,8 @@ def test_it_starts_whatever_keras_is_set_to(backend, floatx, tmp_path):
     code = """if True:
         import oracle, numpy as np
         model = oracle.Oracle([6, 6], 0.01, 10, seed=0)
-        model.train(np.ones((100, 6), "f"), np.ones((100, 6), "f"), np.zeros(100, int), np.zeros(100, int))
+        ones, ages = np.ones((100, 6), "f"), np.arange(100)
+        model.train(ones, ones, ages, ages)
         assert model.guess(np.ones((1, 6), "f"))[0].dtype == np.float32"""
     environment = {**os.environ, "KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
