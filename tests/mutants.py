@@ -16,8 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 LOOPS = ["sgd.*", "exchange.*", "synthgrad.*", "train_input.x_train__*",
-         "train_input.x_gradient_source__*", "train_input.x_mean_cosine__*",
-         "train_input.xǁDelayedǁ*", "train_middle.x_train__*", "train_output.x_train__*"]
+         "train_input.x_mean_cosine__*", "train_middle.x_train__*", "train_output.x_train__*"]
 NOT_ALGORITHM = r"sgd\.x_main__"  # the command line
 
 
