@@ -87,7 +87,7 @@ def test_true_gradients_through_a_chain_of_three_equal_backprop_in_one_process(
 
 
 def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data):
-    """Cut after layer 3, labels shown, 2 epochs each."""
+    """Cut after layer 3, labels shown, an epoch each."""
     reached, cosine = {}, {}
     for gradients in ("synthetic", "zero"):
         folder = tmp_path / gradients
@@ -95,7 +95,7 @@ def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data):
         with Three(folder, oracle=["--layers", 64, 64, 64, "--condition-on-labels"],
                    output=["--layers", 64, 64, 1], input=[
                        *noisy_data, "--layers", 10, 64, 64, 64, "--learning-rate", 2, "--warm-up",
-                       300, "--gradients", gradients, "--num-epochs", 2]) as three:
+                       300, "--gradients", gradients, "--num-epochs", 1]) as three:
             three.start("input", "output", "oracle")  # the wrong way round
             assert three.wait_for_input(120) == 0, three.log("input")
             assert [end(three.processes[name]) for name in ("output", "oracle")] == [0, 0]
@@ -105,7 +105,7 @@ def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data):
         cosine[gradients] = three.metrics("gradient_cosine")[-1]
         first, *_, last = [read_snapshot(path)[0][0][0] for path in snapshots(three.progress)]
         assert (first == last).all() == (gradients == "zero")
-    assert reached["synthetic"] < 0.5 * reached["zero"], reached
+    assert reached["synthetic"] < 0.85 * reached["zero"], reached
     assert cosine["synthetic"] > 0.3, cosine
 
 
