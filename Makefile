@@ -14,12 +14,12 @@ BIN = $(VENV)/bin
 run: x.npy
 	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) $(ARGS)
 	@$(BIN)/python plot.py
-	@echo "open learning.gif, learning_curves.png and synthetic_plots/"
+	@echo "open learning.gif, guesses.gif, learning_curves.png and synthetic_plots/"
 
 chain: x.npy
 	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) --parts $(PARTS) $(ARGS)
 	@$(BIN)/python plot.py
-	@echo "open learning.gif, learning_curves.png and synthetic_plots/"
+	@echo "open learning.gif, guesses.gif, learning_curves.png and synthetic_plots/"
 
 try: EPOCHS = 4
 try: x.npy

@@ -55,7 +55,7 @@ class Replay:
     def __init__(self, keep, replay):
         self.keep, self.replay, self.changed = keep, replay, threading.Condition()
         self.columns, self.received, self.drawn, self.allowed = None, 0, 0, 0.0
-        self.seen = {}  # (i, clock, first activation) of the newest `keep` examples, oldest first
+        self.seen, self.remember = {}, max(keep, 20_000)  # keys; the newest are last
 
     def is_new(self, i, h, clock):
         """(batch,) bool. A resumed run computes the same i and clock again, but another h: it is
@@ -64,8 +64,8 @@ class Replay:
             keys = list(zip(i.tolist(), clock.tolist(), h[:, 0].tolist(), strict=True))
             new = np.array([key not in self.seen for key in keys])
             self.seen.update(dict.fromkeys(keys))
-            for key in list(self.seen)[:-self.keep] if len(self.seen) > self.keep + 10_000 else ():
-                del self.seen[key]
+            if len(self.seen) > 2 * self.remember:
+                self.seen = dict.fromkeys(list(self.seen)[-self.remember:])
             return new
 
     def add(self, *columns):

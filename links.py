@@ -190,7 +190,8 @@ class UpperEnd:
         self.saved = time.monotonic()
         if self.part.updates != self.saved_updates:
             try:
-                self.checkpoint.save(self.part.layers, updates=self.part.updates, loss=self.loss)
+                self.checkpoint.save(self.part.layers, updates=self.part.updates,
+                                     loss=np.nan if self.loss is None else self.loss)
                 self.saved_updates = self.part.updates
             except OSError as error:
                 say(f"no checkpoint: {error}; training goes on")

@@ -136,7 +136,7 @@ def test_good_messages_are_taken_after_all_that(servers):
     # of /training_examples and of /true_gradients
     assert servers.status("output")["examples"]["received"] == 6
     # what came from here and what the output trainer threw are the same examples: they count once
-    wait_until(lambda: servers.status("output")["gradients"]["sent"] == 3, "gradients to be sent")
+    wait_until(lambda: servers.status("output")["gradients_sent"]["sent"] == 3, "the gradients")
     assert servers.status("oracle")["examples"]["received"] == 3
     by_hand = {"h": {"shape": [1, WIDTH], "values": [0.5] * WIDTH},
                "y": {"shape": [1, 1], "values": [1]}}

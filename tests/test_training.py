@@ -162,7 +162,7 @@ def test_counters_are_what_was_thrown_and_ctrl_c_writes_a_last_snapshot(tmp_path
             output, oracle = three.status("output"), three.status("oracle")
             told = thrown - 100 * output["skipped"]
             return (output["examples"]["received"] == thrown
-                    and output["gradients"]["sent"] == oracle["examples"]["received"] == told)
+                    and output["gradients_sent"]["sent"] == oracle["examples"]["received"] == told)
         wait_until(received, "what was thrown to arrive, and what was not skipped to be told")
         assert "interrupted; --resume continues" in three.log("input")
         assert json.loads((three.progress / "run.json").read_text())["ended"] == "stopped"
