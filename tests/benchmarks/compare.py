@@ -37,15 +37,19 @@ WAYS = {  # name: --gradients, options of the oracle; the default one is the cap
     "guesses with labels, linear oracle": ("synthetic", [*LINEAR, *LABELS]),
     "shuffled guesses, capable oracle": ("shuffled", []),
     "shuffled guesses, linear oracle": ("shuffled", LINEAR)}
+SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9,
+                                          "--learning-rate", 0.2, "--decay", 1],
+          "sgd.py, one example at a time": []}
 GRID = ((0.1, 0.9), (0.2, 0.9), (0.4, 0.9), (1.5, 0.0), (3.0, 0.0), (6.0, 0.0))
-TRUE, GUESSES = (0.4, 0.9), (3.0, 0.0)  # rate and momentum of layer 1, of the grid
+TRUE, GUESSES = (0.4, 0.9), (6.0, 0.0)  # rate and momentum of layer 1, of the grid
 
 
 def run(folder, gradients, oracle, rates, epochs, seed, **options):
     rate, momentum = rates
     run_three(folder, seed=seed, oracle=oracle, input=[
         "--gradients", gradients, "--learning-rate", rate, "--momentum", momentum, "--num-epochs",
-        epochs, *(["--warm-up", 0] if rates == TRUE and gradients != "synthetic" else [])],
+        epochs, *(["--warm-up", 0] if rates == TRUE and gradients != "synthetic" else []),
+        *(["--staleness", 4] if gradients == "delayed" else [])],
         **options)
 
 
@@ -69,15 +73,20 @@ def mean_cosine(metrics):
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=5, help="(%(default)s)")
+    every = [*SINGLE, *WAYS]
+    parser.add_argument("--ways", nargs="+", choices=every, default=every, help="(all)")
     parser.add_argument("--search", action="store_true", help="print what the rates give, instead")
     args = parser.parse_args()
     if args.search:
         return search(args.epochs, args.seeds)
-    runs, results = Runs("compare", (1 + len(WAYS)) * args.seeds), {"sgd.py": []}
-    for seed in range(args.seeds):
-        results["sgd.py"].append(runs.get(f"sgd.py {args.epochs}", seed, run_sgd,
-                                          "--num-epochs", args.epochs))
-        for name, (gradients, oracle) in WAYS.items():
+    runs, results = Runs("compare", len(args.ways) * args.seeds), {}
+    for seed, name in product(range(args.seeds), args.ways):
+        if name in SINGLE:
+            results.setdefault(name, []).append(runs.get(
+                f"{name} {args.epochs}", seed, run_sgd, "--num-epochs", args.epochs,
+                *SINGLE[name]))
+        else:
+            gradients, oracle = WAYS[name]
             results.setdefault(name, []).append(runs.get(
                 f"{name} {args.epochs}", seed, run, gradients, oracle,
                 TRUE if gradients in ("true", "delayed") else GUESSES, args.epochs))
