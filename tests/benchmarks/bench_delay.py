@@ -83,10 +83,11 @@ def draw(figure, results, problems):
             median = np.median(values, axis=1)
             axes.errorbar(list(found), median, [median - values.min(1), values.max(1) - median],
                           color=color, linestyle=style, marker="o", capsize=3, label=way)
+        delays = sorted({delay for shown, _, delay in results if shown == problem})
         axes.set(xlabel="delay of true gradients, updates", ylabel="held-out MSE", xscale="log",
-                 yscale="log", xticks=DELAYS, xticklabels=DELAYS, title={
+                 yscale="log", xticks=delays, xticklabels=delays, title={
                      "default": "one layer below the cut: 2-24 | 24-12-1",
-                     "deep": "three below it: 10-64-64-64 | 64-64-1"}[problem])
+                     "deep": "three layers below the cut: 10-64-64-64 | 64-64-1"}[problem])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}",
                        minor_formatter="")
