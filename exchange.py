@@ -5,7 +5,7 @@ staleness.
     Replay            above, oracle  the newest examples, and how often each may be trained on
     BoundedStaleness  below          asks for a gradient, and waits while the answer is too old
     Delayed           below          true gradients of earlier minibatches, instead of guesses
-    gradient_source   below          where a gradient comes from: the one place where that is chosen
+    gradient_source   below          chooses where a gradient comes from
 
 "below" and "above" are the parts of the network below and above a cut. None of these classes knows
 how a message travels: examples/in_process.py connects them by plain function calls, the trainers by
@@ -22,7 +22,7 @@ import numpy as np
 from plumbing.wire import NoAnswer
 from sgd import descend
 
-THROW_AGAIN = 0.5  # seconds between two times that minibatches are thrown again
+THROW_AGAIN = 0.5  # seconds between two times that a waiting part throws its minibatches again
 BACKLOG = 800      # examples that may wait to be trained on
 
 
@@ -44,7 +44,7 @@ class Part:
 
 
 class Replay:
-    """The newest `keep` examples, each to be drawn about `replay` times and then no more.
+    """The newest `keep` examples, of which `replay` draws are allowed per example that arrives.
 
     Each example that arrives allows `replay` draws of any stored example, and at most `replay`
     draws per stored example are saved up. So training stops soon after news stops, and does not
@@ -160,15 +160,13 @@ class Arrivals:
 
 
 class BoundedStaleness:
-    """Gradients that are at most `bound` updates old; otherwise the part waits (Ho et al. 2013, eq.
-    1).
+    """Gradients that are at most `bound` updates old, or the part waits (Ho et al. 2013, eq. 1).
 
     answer(i, h, y, clock) -> g (batch, width), and `learned`, the clock of what g was learned from.
     Staleness is clock − learned. An oracle that has learned nothing yet answers zeros and None;
-    their staleness counts from the first of them. So does that of an answer from a later clock than
-    this one, which a part that was resumed from an older checkpoint gets. wait(ask) calls ask()
-    until it no longer raises NoAnswer. Meanwhile ask() has minibatches thrown again, which may have
-    been lost.
+    their staleness counts from the first of them. The same applies if `learned` is later than this
+    clock, as after resuming from an older checkpoint. wait(ask) calls ask() until it no longer
+    raises NoAnswer. Meanwhile ask() has minibatches thrown again, which may have been lost.
     """
 
     def __init__(self, answer, bound, wait, throw_again):
@@ -193,14 +191,15 @@ class BoundedStaleness:
         g, learned = self.answer(i, h, y, clock)
         if learned != self.learned:
             self.learned, self.first_seen = learned, clock
-        staleness = clock - (self.first_seen if learned is None or learned > clock else learned)
+        from_here = learned is not None and learned <= clock  # else it counts from its first answer
+        staleness = clock - (learned if from_here else self.first_seen)
         if staleness > self.bound:
             if time.monotonic() - self.thrown_at > THROW_AGAIN:
                 self.thrown_at = time.monotonic()
-                self.throw_again(learned)
+                self.throw_again(learned if from_here else None)
             news = "none" if learned is None else f"the newest is of update {learned}"
-            raise NoAnswer(f"true gradients that reached it: {news}; this part has made {clock} "
-                           f"updates, --staleness is {self.bound}; is the part above running?")
+            raise NoAnswer(f"true gradients that it has learned from: {news}; this part has made "
+                           f"{clock} updates (--staleness {self.bound}). Does the part above run?")
         self.recent.append((staleness, time.perf_counter() - asked))
         return g
 
@@ -253,7 +252,7 @@ class Delayed:
 
 
 def gradient_source(kind, guess, truth, rng):
-    """gradient(i, h, y, clock) -> g (batch, width). Nothing else depends on where it comes from."""
+    """gradient(i, h, y, clock) -> g (batch, width), from where --gradients says."""
     return {"synthetic": guess, "delayed": guess, "true": truth,
             "zero": lambda *minibatch: 0 * guess(*minibatch),
             "shuffled": lambda *minibatch: rng.permutation(guess(*minibatch))}[kind]

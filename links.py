@@ -102,6 +102,7 @@ class UpperEnd:
         self.outbox = Outbox(max_rows=args.keep, per_message=1)
         self.poster = Poster(self.outbox, oracle.provide_gradients, f"the oracle at {oracle.url}")
         self.checkpoint, self.loss = runs.Checkpoint(args.progress_dir), None
+        self.resumed = False  # from a checkpoint
         self.answers, self.asking = collections.OrderedDict(), threading.Lock()
         self.saved, self.saved_updates, self.reporter = time.monotonic(), 0, serving.Reporter()
 
@@ -115,6 +116,7 @@ class UpperEnd:
         """Continue from the checkpoint if --resume is given, else put an earlier run's aside."""
         if self.args.resume:
             numbers = self.checkpoint.resume(self.part.layers)
+            self.resumed = bool(numbers)
             self.part.updates = self.saved_updates = numbers.get("updates", 0)
             self.loss = numbers.get("loss")
         else:
@@ -185,10 +187,10 @@ class UpperEnd:
             self.save()
             self.poster.close(timeout=5)
 
-    def save(self):
+    def save(self, always=False):
         """A checkpoint, if there was an update. One that cannot be written is reported."""
         self.saved = time.monotonic()
-        if self.part.updates != self.saved_updates:
+        if always or self.part.updates != self.saved_updates:
             try:
                 self.checkpoint.save(self.part.layers, updates=self.part.updates,
                                      loss=np.nan if self.loss is None else self.loss)

@@ -4,7 +4,7 @@
     python oracle.py --layers 24 24             # a linear oracle
     python oracle.py --condition-on-labels      # sees y as well: the paper's cDNI (section 3.1)
 
-train_output.py throws examples (h, y, g, clock) at it, with the true gradients g. It keeps the
+train_output.py throws examples (i, h, y, clock, g) at it, with the true gradients g. It keeps the
 newest of them, because gradients age as the network learns, and trains over them in a loop,
 minimising the mean of (ĝ − g)² (paper, eq. 5). train_input.py asks it for ĝ(h), or ĝ(h, y), and
 waits for the answer.
@@ -73,7 +73,7 @@ def compiled_training(model, learning_rate, batch_size, xla=True):
     nothing = [tf.zeros((STEPS * batch_size, dim))
                for dim in (model.input_shape[1], model.output_shape[1])]
     try:
-        train(*nothing)  # zero gradients teach nothing
+        train(*nothing)  # zero gradients teach nothing; Adam counts its steps from here
     except tf.errors.OpError as error:
         if not xla:
             raise

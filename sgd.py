@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
-# ---- activations: to add one, write a class like these and name it in HIDDEN ----
+# ---- activations: to add a hidden one, write a class like Sigmoid and name it in HIDDEN ----
 
 
 class Sigmoid:
@@ -75,7 +75,7 @@ def output_activation(k):
     return Linear if k == 1 else Softmax
 
 
-# ---- losses: another one is a second case in each of these two functions ----
+# ---- losses: another one is a further case in these functions, and in plumbing/data.py ----
 
 
 def loss(y_hat, y):
@@ -155,7 +155,7 @@ def backprop(layers, g):
 
 
 def descend(layers, learning_rate, momentum=0.0):
-    """One update: every layer steps along the gradients that it remembers."""
+    """One update: every layer steps against the gradients that it remembers."""
     for layer in layers:
         layer.descend(learning_rate, momentum)
 

@@ -52,7 +52,7 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
 
 class Guess(msgspec.Struct):
     """From the oracle to the part below, which has waited for it. If it is lost, the part below
-    asks again. If `learned` is too old, too."""
+    asks again. It also asks again if `learned` is too old."""
     gradients: Matrix
     learned: int | None
 

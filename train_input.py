@@ -69,7 +69,7 @@ class Report:
         """Compose the network; write a checkpoint, a row and a snapshot."""
         mine = [(layer.w.copy(), layer.b.copy()) for layer in self.layers]
         if not all(np.isfinite(array).all() for pair in mine for array in pair):
-            raise FloatingPointError("layer 1 diverged; try a lower --learning-rate")
+            raise FloatingPointError("this part diverged; try a lower --learning-rate")
         link, counts = self.link, self.counts
         theirs, updates = link.from_above(lambda: link.above.weights(link.network))
         for old, new in zip(self.updates_above or updates, updates, strict=True):

@@ -64,7 +64,8 @@ def main(args, stop):
     app = serving.make_app("middle trainer", status, args)
     below.routes(app, weights_above)
     serving.serve(app, listener, args)
-    above.connect(new=not below.part.updates)
+    above.connect(new=not below.resumed)
+    below.save(always=True)  # from now on --resume continues this run
     below.open(k=above.network[-1])
     network = args.layers + above.network[1:]
     say(f"middle trainer {args.layers} answers on {args.host}:{args.port}")

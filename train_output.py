@@ -2,8 +2,8 @@
 
     python train_output.py                      # 24 -> 12 -> 1, listens on 127.0.0.1:5002
 
-train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and how old layer 1
-was. It loops over this partial training set, the newest arrival first. The true gradients g = dL/dh
+train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and how many updates
+layer 1 had made. It loops over this partial training set, the newest arrival first. The true gradients g = dL/dh
 that its backprop gives there go to oracle.py, fire-and-forget. With train_input.py --gradients
 delayed they go back to the input trainer: --oracle-server 127.0.0.1:5003.
 """
@@ -23,7 +23,7 @@ DEFAULTS = dict(
 
 
 def train(part, minibatches, learning_rate, momentum):
-    """The algorithm. Yields the mean loss on each minibatch, of before the update with it."""
+    """The algorithm. Yields the mean loss on each minibatch, before its update."""
     for _, h, y, tell in minibatches:
         y_hat = feed_forward(part.layers, h)
         g = loss_gradient(y_hat, y)

@@ -32,11 +32,11 @@ from sgd import make_layers, minibatches, schedule, test_score
 class Link:
     """One cut: what the part below it throws and asks, what the part above it does, the oracle."""
 
-    def __init__(self, args, layers, k, kind):
-        width = len(layers[0].w)
+    def __init__(self, args, layers, k, kind, highest):
+        width, self.kind = len(layers[0].w), kind
         self.args, self.part, self.labels = args, Part(layers), k if args.condition_on_labels else 0
         rng = np.random.default_rng([args.seed, 2, width])
-        replay = args.replay if kind is None else 0  # a middle part does not replay
+        replay = args.replay if highest else 0  # a middle part does not replay
         self.arrivals = Arrivals(Replay(args.keep, replay), args.batch_size, rng)
         self.late = collections.deque()     # true gradients on their way to the oracle
         self.examples = Replay(oracle.DEFAULTS["keep"], args.oracle_replay)
@@ -44,13 +44,13 @@ class Link:
         self.oracle = oracle.Oracle([width + self.labels, *args.oracle_layers, width],
                                     args.oracle_rate, args.batch_size, args.seed)
         self.delayed = Delayed([], args.staleness)
-        answer = self.delayed.answer if args.gradients == "delayed" else self.ask
+        answer = self.delayed.answer if kind == "delayed" else self.ask
         self.bounded = BoundedStaleness(answer, args.staleness, self.wait, lambda after: None)
         self.gradient = gradient_source(
-            args.gradients, self.bounded, self.truth, np.random.default_rng([args.seed, 5]))
+            kind, self.bounded, self.truth, np.random.default_rng([args.seed, 5]))
 
     def throw(self, i, h, y, clock):
-        if self.args.gradients != "true":
+        if self.kind != "true":
             self.arrivals.add(i, h, y, np.full(len(i), clock), tell=self.tell, again=None)
 
     def tell(self, *columns):
@@ -82,7 +82,7 @@ class Link:
         """What was told --delay updates ago arrives, and the oracle trains on all that it may."""
         while self.late and self.late[0][3].max() <= now - self.args.delay:
             i, h, y, clock, g = self.late.popleft()
-            if self.args.gradients == "delayed":
+            if self.kind == "delayed":
                 self.delayed.add(i, h, y, clock, g)
             else:
                 self.examples.add(oracle.model_input(h, y, self.labels), g, clock)
@@ -96,7 +96,9 @@ def run(args, loaded):
     ends = [0, *cuts, len(dims) - 1]
     layers = make_layers(dims, np.random.default_rng([args.seed, 1]))
     parts = [layers[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    links = [Link(args, part, k, None if part is parts[-1] else "middle") for part in parts[1:]]
+    upper = "true" if args.gradients == "true" else "synthetic"  # only the lowest part's is chosen
+    links = [Link(args, part, k, upper if n else args.gradients, part is parts[-1])
+             for n, part in enumerate(parts[1:])]
     links[0].delayed.layers = parts[0]
     below = schedule(args.learning_rate, args.decay, args.warm_up)
     above = schedule(args.output_rate, train_output.DEFAULTS["decay"])

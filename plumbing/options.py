@@ -23,18 +23,18 @@ SHARED = {
     "host": dict(help="address to listen on (%(default)s)"),
     "port": dict(type=number(int, 1, 65535), help="port to listen on (%(default)s)"),
     "token_file": dict(type=Path, help="file with a secret that all processes share and ask for"),
-    "layers": dict(type=number(int, 1), nargs="+", help="widths (%(default)s)"),
-    "learning_rate": dict(type=number(float, 1e-12, 1e6), help="at the start (%(default)s)"),
+    "layers": dict(type=number(int, 1), nargs="+", help="layer widths (%(default)s)"),
+    "learning_rate": dict(type=number(float, 1e-12, 1e6), help="initial learning rate (%(default)s)"),
     "momentum": dict(type=number(float, 0, 1), help="(%(default)s)"),
     "decay": dict(type=number(float, 1), help="updates until the learning rate has halved "
                                               "(%(default)s)"),
     "warm_up": dict(type=number(float, 0), help="updates until the full rate (%(default)s)"),
     "batch_size": dict(type=number(int, 1), help="examples per minibatch (%(default)s)"),
     "num_epochs": dict(type=number(int, 1), help="(%(default)s)"),
-    "seed": dict(type=number(int, 0), help="of the random numbers (%(default)s)"),
+    "seed": dict(type=number(int, 0), help="random seed (%(default)s)"),
     "keep": dict(type=number(int, 1), help="newest examples to train on (%(default)s)"),
-    "replay": dict(type=number(float, 0), help="how often each example is trained on again before "
-                                               "waiting for new ones (%(default)s)"),
+    "replay": dict(type=number(float, 0), help="training draws allowed per new example, on "
+                                               "average (%(default)s)"),
     "staleness": dict(type=number(int, 1), help="updates that this part may be ahead of the true "
                                                 "gradients that came back (%(default)s)"),
     "patience": dict(type=number(float, 0), help="seconds to wait for a process (%(default)s)"),

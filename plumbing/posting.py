@@ -16,7 +16,7 @@ class Outbox:
 
     The queue holds at most `max_rows` examples; beyond that the oldest are dropped. What cannot be
     delivered is dropped too. thrown = sent + dropped + what waits or is on its way. A thread of its
-    own takes messages of at most `per_message` examples from here, see plumbing/posting.py.
+    own takes messages of at most `per_message` examples from here, see Poster.
     """
 
     def __init__(self, max_rows, per_message):

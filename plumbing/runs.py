@@ -135,14 +135,16 @@ class Progress:
     def verdict(self):
         """A line about a run that has learned nothing, if it has not."""
         name = next(column for column in self.columns if column.startswith("test_"))
-        first, last = float(self.rows[0][name]), float(self.rows[-1][name])
+        untrained = float(self.rows[0]["examples"]) == 0
+        first, last = (float(self.rows[n][name]) if n or untrained else np.inf for n in (0, -1))
         guess = float(self.options.get("constant_guess", np.inf))
         if last < 0.99 * min(first, guess):
             return []
         best = "it began with" if first < guess else "a constant guess has"
         return [f"warning: the run ends at {last:.4f}, no better than the {min(first, guess):.4f} "
-                f"that {best}; try a lower --learning-rate, more epochs, or an oracle that sees y "
-                "(--condition-on-labels)"]
+                f"that {best}; try a lower --learning-rate or more epochs" + (
+                    ", or an oracle that sees y (--condition-on-labels)"
+                    if "gradient_cosine" in self.columns else "")]
 
 
 def snapshots(folder):

@@ -57,8 +57,8 @@ class Stop:
 def until_answered(call, who, stop, patience):
     """call() again and again while it raises NoAnswer, ever less often. Says for whom it waits.
 
-    Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: once a stop is
-    requested, only what is answered at once is waited for.
+    Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: after a stop
+    request one failed call ends the wait.
     """
     began, pause, said = time.monotonic(), 0.001, False
     while True:
@@ -136,8 +136,8 @@ def check_unused(partners):
 def refusal(host, authorization, names, token):
     """Why a request is not answered, a Refused, or None. Looked at before its body is read.
 
-    Only a number or a name of this machine is answered. A web page that reaches this port by DNS
-    rebinding sends its own name. (Flask's TRUSTED_HOSTS cannot say "any number".)
+    The Host header must be an IP address or a name of this machine. A web page that reaches this
+    port by DNS rebinding sends its own name. (Flask's TRUSTED_HOSTS cannot say "any number".)
     """
     try:
         host = urlsplit(f"//{host}").hostname or ""
