@@ -24,7 +24,7 @@ SHARED = {
     "port": dict(type=number(int, 1, 65535), help="port to listen on (%(default)s)"),
     "token_file": dict(type=Path, help="file with a secret that all processes share and ask for"),
     "layers": dict(type=number(int, 1), nargs="+", help="layer widths (%(default)s)"),
-    "learning_rate": dict(type=number(float, 1e-12, 1e6), help="initial learning rate (%(default)s)"),
+    "learning_rate": dict(type=number(float, 1e-12, 1e6), help="initial rate (%(default)s)"),
     "momentum": dict(type=number(float, 0, 1), help="(%(default)s)"),
     "decay": dict(type=number(float, 1), help="updates until the learning rate has halved "
                                               "(%(default)s)"),

@@ -406,6 +406,7 @@ def test_after_a_resume_from_an_older_checkpoint_layer_1_does_not_run_unbounded(
     assert oracle.answers(range(1500, 3000)) == 21
     assert max(staleness for staleness, _ in oracle.bounded.recent) == 20
     assert min(staleness for staleness, _ in oracle.bounded.recent) == 0, "and never negative"
+    assert oracle.again == [None], "all that is kept, for all of it is older than what was learned"
     oracle.learned = 1519
     assert oracle.answers(range(1521, 3000)) == 19
 

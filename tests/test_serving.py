@@ -12,7 +12,7 @@ import flask
 import numpy as np
 import pytest
 
-from plumbing import options, serving
+from plumbing import live, options, serving
 from plumbing.wire import MAX_BODY, NoAnswer, Refused, encode, rows_per_message
 from synthgrad import Question
 
@@ -125,6 +125,13 @@ def test_the_body_of_a_request_that_is_refused_is_not_read(header, serve):
             while received := connection.recv(65536):  # until the server closes the connection
                 answer += received
         assert answer.split()[1] == (b"403" if "Host" in wrong else b"401"), answer
+
+
+@pytest.mark.parametrize("token, answered", [("s3cret", True), ("wrong", False), (None, False)])
+def test_the_live_page_sends_its_token(token, answered, serve):
+    port = serve(make_app(token="s3cret"), token="s3cret")
+    status = live.Process(f"127.0.0.1:{port}", token, "test").ask()
+    assert (status is not None) == answered
 
 
 def test_a_good_request_is_answered_by_the_real_server(serve):
