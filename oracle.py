@@ -15,7 +15,7 @@ from plumbing import options, say, serving  # first, see there
 import flask
 import numpy as np
 
-from exchange import Replay
+from exchange import BACKLOG, Replay
 from plumbing.wire import Refused, encode
 from synthgrad import Gradients, Question
 
@@ -115,8 +115,9 @@ class Oracle:
         if not value < 1e6:  # NaN, too
             raise FloatingPointError("the oracle diverged; try a lower --learning-rate")
         self.updates += STEPS
-        # among the newest arrivals, because a trainer that was resumed counts from an older clock
-        newest = ages <= max(ages.min(), len(h) // 4)
+        # Among the newest arrivals, because a trainer that was resumed counts from an older clock.
+        # Among so many of them, because the part above tells the newest of its backlog first.
+        newest = ages <= max(ages.min(), BACKLOG)
         self.published = int(clock[newest].max()), self.moments, [each.numpy() for each in weights]
         return float(value)
 

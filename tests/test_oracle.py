@@ -75,15 +75,15 @@ def test_the_moments_are_those_of_about_ten_calls():
 
 
 def test_it_has_learned_from_the_newest_arrivals_whatever_their_clocks_say():
-    """After a resume from an older checkpoint the newest arrivals have older clocks."""
+    """After a resume from an older checkpoint the newest arrivals have older clocks. And the part
+    above tells the newest minibatch of its backlog first, so the last to arrive is the oldest."""
     model, rng = Oracle([6, 6], 0.01, 10, seed=0), np.random.default_rng(0)
     h, g = rng.random((100, 6), "f"), rng.normal(size=(100, 6)).astype("f")
-    clock, ages = np.repeat([9, 7, 8, 3000], 25), np.arange(100)
-    model.train(h, g, clock, ages)
-    assert model.published[0] == 9
-    order = rng.permutation(100)
-    model.train(h, g, clock[order], ages[order])
-    assert model.published[0] == 9
+    ages = np.arange(100) * 20
+    for clock in (np.repeat([9, 7, 8, 3000], 25), np.repeat([2, 9, 3000, 3000], 25)):
+        order = rng.permutation(100)
+        model.train(h, g, clock[order], ages[order])
+        assert model.published[0] == 9
 
 
 def test_it_learns_a_linear_gradient_field_and_its_loss_says_so():
