@@ -199,7 +199,7 @@ class BoundedStaleness:
                 self.throw_again(learned if from_here else None)
             news = "none" if learned is None else f"the newest is of update {learned}"
             raise NoAnswer(f"true gradients that it has learned from: {news}; this part has made "
-                           f"{clock} updates (--staleness {self.bound}). Does the part above run?")
+                           f"{clock} updates, --staleness is {self.bound}: is all above running?")
         self.recent.append((staleness, time.perf_counter() - asked))
         return g
 

@@ -447,7 +447,7 @@ def test_what_it_waits_for_is_said_with_the_numbers():
         oracle.bounded(*columns([0])[:3], 11)
     oracle = Oracle(bound=0)
     assert oracle.ask(0)
-    with pytest.raises(NoAnswer, match="reached it: none"):
+    with pytest.raises(NoAnswer, match="learned from: none"):
         oracle.bounded(*columns([0])[:3], 1)
 
 

@@ -183,14 +183,15 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path):
     assert runs.read_json(tmp_path / "run.json") == {"ended": None}
 
 
-@pytest.mark.parametrize("scores, guess, warned", [
-    ([0.9, 0.3], 0.5, None), ([0.3, 0.5], 0.9, "0.3000 that it began with"),
-    ([0.9, 0.51], 0.5, "0.5000 that a constant guess has"), ([0.9, 0.9], np.inf, "it began with"),
-    ([0.02, 0.02], 0.02, "a constant guess has")])
-def test_a_run_that_has_learned_nothing_says_so_in_one_line(scores, guess, warned, tmp_path):
-    progress = runs.Progress(tmp_path, ["test_mse"], {"constant_guess": guess})
-    for score in scores:
-        progress.write(weights([2, 1]), test_mse=score)
+@pytest.mark.parametrize("scores, guess, began, warned", [
+    ([0.9, 0.3], 0.5, 0, None), ([0.3, 0.5], 0.9, 0, "0.3000 that it began with"),
+    ([0.9, 0.51], 0.5, 0, "0.5000 that a constant guess has"),
+    ([0.9, 0.9], np.inf, 0, "it began with"), ([0.02, 0.02], 0.02, 0, "a constant guess has"),
+    ([0.3], 0.5, 3800, None), ([0.51], 0.5, 3800, "a constant guess has")])  # sgd.py, one epoch
+def test_a_run_that_has_learned_nothing_says_so_in_one_line(scores, guess, began, warned, tmp_path):
+    progress = runs.Progress(tmp_path, ["examples", "test_mse"], {"constant_guess": guess})
+    for n, score in enumerate(scores):
+        progress.write(weights([2, 1]), examples=began + 3800 * n, test_mse=score)
     lines = progress.verdict()
     assert len(lines) == (warned is not None)
     assert not lines or warned in lines[0] and "try a lower --learning-rate" in lines[0]
