@@ -137,6 +137,7 @@ def draw_curves(figure, metrics):
                 ax.plot(run[x] / unit, run[column], linestyle=style, color=color, label=name)
             for score in {run.get("constant_guess") for _, run, *_ in shown if constant} - {None}:
                 ax.axhline(score, color="0.45", linewidth=0.8, label=constant)
+            ax.update_datalim([(0, 0)] * (limits[0] == 0))  # leaves room above the lines, too
             ax.set(ylabel=label, yscale=scale, ylim=limits,
                    xlabel=x_label if column == rows[-1] else "")
             if scale == "log":
@@ -145,8 +146,7 @@ def draw_curves(figure, metrics):
             if not tall:
                 ax.label_outer()
     lines = {line.get_label(): line for ax in axes[:, 0] for line in ax.lines}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=1 if tall else 4,
-                  fontsize=8)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=1 if tall else 3)
 
 
 def read_run(folder):
