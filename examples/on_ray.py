@@ -12,7 +12,7 @@ When an actor or its node dies, its process dies, and Ray starts the actor again
 second the driver asks each actor for its node's address, and tells it what to run. An actor that
 runs this already does nothing. One that was moved starts its process, a trainer with --resume. One
 whose neighbour was moved restarts its process, because the command holds the neighbour's address.
-An input trainer that is lost before its second row cannot continue: it says what to restart.
+An input trainer that is lost before its first row cannot continue: it says what to restart.
 """
 import subprocess
 import sys
