@@ -191,9 +191,9 @@ class UpperEnd:
         """A checkpoint, if there was an update. One that cannot be written is reported."""
         self.saved = time.monotonic()
         if always or self.part.updates != self.saved_updates:
+            loss = {} if self.loss is None else {"loss": self.loss}
             try:
-                self.checkpoint.save(self.part.layers, updates=self.part.updates,
-                                     loss=np.nan if self.loss is None else self.loss)
+                self.checkpoint.save(self.part.layers, updates=self.part.updates, **loss)
                 self.saved_updates = self.part.updates
             except OSError as error:
                 say(f"no checkpoint: {error}; training goes on")

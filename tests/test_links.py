@@ -248,6 +248,15 @@ def test_whatever_ends_the_loop_there_is_a_checkpoint(tmp_path):
     assert upper.checkpoint.resume(upper.part.layers) == {"updates": 1, "loss": 0.25}
 
 
+def test_a_checkpoint_from_before_the_first_loss_can_be_resumed_and_its_loss_begins_anew(tmp_path):
+    make_upper(tmp_path).save(always=True)
+    resumed = make_upper(tmp_path, resume=True)
+    resumed.resume()
+    assert resumed.resumed and resumed.loss is None
+    resumed.follow(iter([np.float32(0.25)]), "the test")
+    assert resumed.loss == 0.25
+
+
 def test_a_checkpoint_that_cannot_be_written_is_said_and_tried_again(
         tmp_path, monkeypatch, capsys):
     upper = make_upper(tmp_path)
