@@ -315,7 +315,9 @@ def test_questions_come_first_in_their_order_and_none_is_skipped():
     for k in range(20):
         _, h, y, _ = columns(range(10), k)
         arrivals.add_question(h, y, told.append)
-    clocks = [1000 * arrivals.next().h[0, 0] for _ in range(20)]
+    questions = [arrivals.next() for _ in range(20)]
+    clocks = [1000 * question.h[0, 0] for question in questions]
+    assert all((question.i == range(10)).all() for question in questions)
     assert clocks == pytest.approx(list(range(20)), abs=0.01)
     assert arrivals.next().i is not None and arrivals.next() is None
 
@@ -439,6 +441,14 @@ def test_waits_are_counted_and_timed(clock):
     assert oracle.answers(range(10)) == 10
     assert (oracle.bounded.waits, oracle.bounded.waited) == (3, pytest.approx(13))
     assert oracle.bounded.status()["waits"] == 3
+
+
+def test_staleness_and_latency_are_medians_and_95th_percentiles():
+    bounded = BoundedStaleness(None, 20, None, None)
+    bounded.recent.extend((k, (200 + k) / 1000) for k in range(101))
+    assert bounded.status() == pytest.approx({
+        "staleness": 50, "staleness_p95": 95, "latency_ms": 250, "latency_ms_p95": 295,
+        "waits": 0, "waited": 0})
 
 
 def test_what_it_waits_for_is_said_with_the_numbers():

@@ -433,6 +433,17 @@ def test_rows_of_a_delayed_gradient_belong_to_its_indices():
     assert g.tolist() == [[0] * 3, [1] * 3], "what was split on its way leaves the others alone"
 
 
+def test_a_delayed_gradient_that_comes_twice_in_part_is_applied_once_in_each_row():
+    delayed, layer = make_delayed([4])
+    half = np.array([40]), None, None, np.array([4]), np.full((1, 3), 4, "f")
+    applied = []
+    for come in (half, message(4), message(4), message(4)):
+        delayed.add(*come)
+        g, learned = delayed.answer(np.array([50, 51]), layer.h, None, 5)
+        applied.append(g[:, 0].tolist())
+    assert applied == [[4, 0], [0, 4], [0, 0], [0, 0]] and learned == 4
+
+
 @pytest.mark.parametrize("late", [message(0), message(9), (np.array([77]), None, None,
                                                            np.array([30]), np.ones((1, 3), "f"))])
 def test_a_gradient_that_is_too_late_or_of_unknown_examples_is_dropped(late):

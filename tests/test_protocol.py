@@ -1,4 +1,5 @@
 """Arrays as JSON, messages as types, and clients of servers that misbehave."""
+import argparse
 import json
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from hypothesis import given as for_any
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
+from plumbing import serving
 from plumbing.wire import (
     MAX_BODY,
     Malformed,
@@ -210,6 +212,14 @@ def test_weights_that_are_not_finite_are_no_answer(bad, which):
         fetch(weights, [3, 2, 1])
 
 
+def test_weights_that_are_no_arrays_are_no_answer():
+    body = encode_weights(WEIGHTS, [7]).replace(b'"shape":[2,1]', b'"shape":[9,9]')
+    server = Misbehaving(http(body))
+    with pytest.raises(NoAnswer, match="/weights: cannot reshape"):
+        PartClient(server.url, timeout=2).weights([3, 2, 1])
+    server.socket.close()
+
+
 def test_what_a_server_refuses_is_refused_with_its_words():
     server = Misbehaving(http('{"error": "no"}', "401 Unauthorized"))
     with pytest.raises(Refused, match="/status: .*no") as refused:
@@ -228,6 +238,70 @@ def test_a_dead_server_is_no_answer_and_a_bad_address_is_an_error():
     for bad in ("ftp://host:1", "http://", "host:port"):
         with pytest.raises(ValueError, match="expected a server's address"):
             PartClient(bad)
+
+
+# ---- each message goes where it belongs, over a real socket ----
+
+
+@pytest.fixture
+def recorder():
+    """Real servers of an oracle's and a part's endpoints, in threads of this process: the address,
+    and what came, [(endpoint, fields), ...]."""
+    args = argparse.Namespace(host="127.0.0.1", port=0, token="secret")
+    status = {"layers": [3, 2], "updates": 4, "condition_on_labels": 1, "needs": 5,
+              "network": [3, 2, 1], "backlog": 6}
+    app, came, h = serving.make_app("test", lambda: status, args), [], np.ones((4, 3), "f")
+
+    def serve(path, kind, **answer):
+        @app.post(path, endpoint=path)
+        def endpoint():
+            came.append((path, serving.message(kind)))
+            return serving.as_json(encode(**answer))
+    serve("/estimate_gradients", Question, gradients=2 * h, learned=9)
+    serve("/true_gradients", Question, gradients=3 * h)
+    serve("/training_examples", Examples, accepted=4)
+    serve("/provide_gradients", Gradients, accepted=4)
+    app.get("/weights")(lambda: serving.as_json(encode_weights(WEIGHTS, [7, 9])))
+    with serving.listen(args) as listener:
+        serving.serve(app, listener, args)
+        yield f"127.0.0.1:{listener.getsockname()[1]}", came
+
+
+SENT_H, SENT_Y = np.full((4, 3), 0.5, "f"), np.full((4, 1), 0.25, "f")
+
+
+def test_every_message_arrives_at_its_endpoint_as_it_was_sent_and_its_answer_comes_back(recorder):
+    address, came = recorder
+    oracle, part = OracleClient(address, "secret"), PartClient(address, "secret")
+    question = [SENT_H, SENT_Y]
+    examples = [np.array([8, 1, 2, 3]), *question, np.full(4, 7)]
+    gradients = [*examples, np.full((4, 3), 0.125, "f")]
+    guess, learned = oracle.estimate_gradients(*question)
+    assert (guess == 2).all() and learned == 9
+    assert (part.true_gradients(*question) == 3).all()
+    part.training_examples(*examples)
+    oracle.provide_gradients(*gradients)
+    expected = [("/estimate_gradients", question), ("/true_gradients", question),
+                ("/training_examples", examples), ("/provide_gradients", gradients)]
+    for (path, fields), (wanted, arrays) in zip(came, expected, strict=True):
+        assert path == wanted
+        for mine, theirs in zip(fields, arrays, strict=True):
+            assert mine.dtype == theirs.dtype and (mine == theirs).all()
+    weights, updates = part.weights([3, 2, 1])
+    assert (weights[0][0] == WEIGHTS[0][0]).all() and updates == [7, 9]
+    said = part.status()
+    assert said.layers == [3, 2] and said.updates == 4 and said.ids == [serving.ID]
+    assert (said.condition_on_labels, said.needs, said.backlog) == (1, 5, 6)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda client: client(OracleClient).estimate_gradients(SENT_H[:3], SENT_Y[:3]),
+    lambda client: client(OracleClient).estimate_gradients(SENT_H[:, :2], SENT_Y),
+    lambda client: client(PartClient).true_gradients(SENT_H[:3], SENT_Y[:3]),
+    lambda client: client(PartClient).true_gradients(SENT_H[:, :2], SENT_Y)])
+def test_gradients_of_another_shape_than_the_question_are_no_answer(ask, recorder):
+    with pytest.raises(NoAnswer, match="Expected shape"):
+        ask(lambda kind: kind(recorder[0], "secret"))
 
 
 def test_gradients_are_examples_with_one_more_field():

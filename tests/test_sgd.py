@@ -1,5 +1,6 @@
 """The layers, the losses, the loop, and the plain baseline."""
 import argparse
+import re
 import subprocess
 import sys
 
@@ -137,7 +138,7 @@ def test_softmax_neither_overflows_nor_returns_zero_nor_depends_on_a_constant():
     z = np.array([[1e4, 1e4, -1e4], [1, 2, 3]], "f")
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         h = Softmax.activate(z)
-        assert np.isfinite(np.log(h)).all()
+        assert np.isfinite(np.log(h)).all() and h.dtype == np.float32
     np.testing.assert_allclose(h[0], [0.5, 0.5, 0], atol=1e-6)
     np.testing.assert_allclose(h.sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(Softmax.activate(z[1:] + 64), h[1:], rtol=1e-5)
@@ -222,13 +223,15 @@ def run_sgd(monkeypatch, *args):
     sgd.main()
 
 
-def test_sgd_learns_and_writes_metrics_and_snapshots(tmp_path, small_data, monkeypatch):
+def test_sgd_learns_and_writes_metrics_and_snapshots(tmp_path, small_data, monkeypatch, capsys):
     run_sgd(monkeypatch, *small_data, "--num-epochs", 8, "--learning-rate", 0.3, "--batch-size", 4,
             "--progress-dir", tmp_path / "run")
     rows = runs.read_rows(tmp_path / "run")
     assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
     assert [int(row["examples"]) for row in rows] == [3800 * n for n in range(1, 9)]
     assert float(rows[-1]["test_mse"]) < 0.1 < 0.15 < float(rows[0]["test_mse"])
+    assert 0 < float(rows[0]["seconds"]) < float(rows[-1]["seconds"]) < 60
+    assert re.search(r"^8 epochs in \d\d? s: .*metrics.csv$", capsys.readouterr().out, re.M)
     weights, row, _ = runs.read_snapshot(runs.snapshots(tmp_path / "run")[-1])
     loaded = data.load(*small_data)
     reached = score(layers_from_weights(weights), loaded.x_test, loaded.y_test)
@@ -248,6 +251,12 @@ def test_sgd_is_its_own_loop_with_a_rate_that_decays_every_epoch(tmp_path, small
     for layer, (w, b) in zip(layers, weights, strict=True):
         np.testing.assert_array_equal(layer.w, w)
         np.testing.assert_array_equal(layer.b, b)
+
+
+def test_sgd_that_has_learned_nothing_says_so(tmp_path, small_data, monkeypatch, capsys):
+    run_sgd(monkeypatch, *small_data, "--num-epochs", 1, "--learning-rate", 1e-9, "--batch-size",
+            100, "--progress-dir", tmp_path / "run")
+    assert "no better than" in capsys.readouterr().out
 
 
 def test_sgd_learns_classes(tmp_path, small_digits, monkeypatch):

@@ -95,7 +95,7 @@ def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data):
         with Three(folder, oracle=["--layers", 64, 64, 64, "--condition-on-labels"],
                    output=["--layers", 64, 64, 1], input=[
                        *noisy_data, "--layers", 10, 64, 64, 64, "--learning-rate", 2, "--warm-up",
-                       300, "--gradients", gradients, "--num-epochs", 1]) as three:
+                       100, "--gradients", gradients, "--num-epochs", 1]) as three:
             three.start("input", "output", "oracle")  # the wrong way round
             assert three.wait_for_input(120) == 0, three.log("input")
             assert [end(three.processes[name]) for name in ("output", "oracle")] == [0, 0]

@@ -28,6 +28,7 @@ from tests.benchmarks.measure import (
     swing,
     table,
     time_to,
+    until,
 )
 from tests.processes import Three, free_ports, wait_until
 
@@ -119,12 +120,6 @@ def ready_seconds():
 
 
 TRUE = ["--gradients", "true", "--learning-rate", 0.4, "--momentum", 0.9, "--warm-up", 0]
-
-
-def until(metrics, seconds):
-    """The rows of the first so many seconds."""
-    return {name: column[metrics["seconds"] <= seconds + 2] for name, column in metrics.items()
-            if isinstance(column, np.ndarray)}
 
 
 def main():

@@ -1,11 +1,11 @@
 """`make bench-delay`: guesses against true gradients that come late, in one process. An hour.
 
 When is a guess better than a true gradient that is `delay` updates old? On the default problem, cut
-after layer 1, and on one whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are
-noise. Each way has its best rate at each delay, of the same ones, found on a seed that is not
-reported and in half the updates. examples/in_process.py holds everything else still: the same
-options give the same numbers, on a busy machine, too. bench_staleness.py is the same by processes.
-Writes benchmarks/bench-delay.md and .png.
+after layer 1, and on two whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are
+noise: the default target, and a smoother one. Each way has its best rate at each delay, of the same
+ones, found on a seed that is not reported and in half the updates. examples/in_process.py holds
+everything else still: the same options give the same numbers, on a busy machine, too.
+bench_staleness.py is the same by processes. Writes benchmarks/bench-delay.md and .png.
 """
 import itertools
 import json
@@ -23,15 +23,15 @@ from tests.benchmarks.measure import (
     cell,
     make_parser,
     noisy_data,
+    other_target,
     table,
 )
 
 DELAYS = 6, 20, 50, 100, 200
-PROBLEMS = {  # name: columns, options, epochs of 1,900 updates
-    "default": (2, [], 6),
-    "deep": (10, ["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--replay", 4,
-                  "--warm-up", 300], 4)}
-ORACLES = {  # problem: hidden layers of a capable and of a small oracle
+DEEP = ["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--replay", 4, "--warm-up", 300]
+PROBLEMS = {  # name: options, epochs of 1,900 updates
+    "default": ([], 6), "deep": (DEEP, 4), "deep, smooth": (DEEP, 4)}
+ORACLES = {  # depth: hidden layers of a capable and of a small oracle
     "default": ([64, 64], [12]), "deep": ([64], [])}
 RATES = {"default": ((0.4, 0.9), (1.0, 0.0), (3.0, 0.0), (6.0, 0.0)),
          "deep": ((0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0))}
@@ -42,6 +42,15 @@ WAYS = {  # name: --gradients, which oracle, whether it sees y
     "guesses": ("synthetic", 0, False)}
 
 
+def data_of(problem):
+    """Paths of its x.npy and y.npy."""
+    if problem == "default":
+        return DATA
+    if problem == "deep":
+        return noisy_data(KEPT / "noisy")
+    return noisy_data(KEPT / "smooth" / "noisy", paths=other_target(KEPT / "smooth"))
+
+
 def learn(problem, way, delay, rates, seed, epochs):
     """The held-out MSE of one run: the median over its last three epochs, or the last. Kept on
     disk."""
@@ -49,12 +58,11 @@ def learn(problem, way, delay, rates, seed, epochs):
         ",", "")
     if kept.exists():
         return json.loads(kept.read_text())
-    columns, options, _ = PROBLEMS[problem]
-    paths = DATA if columns == 2 else noisy_data(KEPT / "noisy")
+    (options, _), paths, depth = PROBLEMS[problem], data_of(problem), problem.split(",")[0]
     kind, oracle, labels = WAYS[way]
     words = [*paths, *options, "--gradients", kind, "--delay", delay, "--seed", seed,
              "--learning-rate", rates[0], "--momentum", rates[1], "--num-epochs", epochs,
-             "--oracle-replay", 4, "--oracle-layers", *ORACLES[problem][oracle],
+             "--oracle-replay", 4, "--oracle-layers", *ORACLES[depth][oracle],
              *["--condition-on-labels"] * labels]
     args = in_process.make_parser().parse_args(list(map(str, words)))
     with np.errstate(all="ignore"):
@@ -87,7 +95,8 @@ def draw(figure, results, problems):
         axes.set(xlabel="delay of true gradients, updates", ylabel="held-out MSE", xscale="log",
                  yscale="log", xticks=delays, xticklabels=delays, title={
                      "default": "one layer below the cut: 2-24 | 24-12-1",
-                     "deep": "three layers below the cut: 10-64-64-64 | 64-64-1"}[problem])
+                     "deep": "three layers below the cut: 10-64-64-64 | 64-64-1",
+                     "deep, smooth": "three layers below the cut, a smoother target"}[problem])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}",
                        minor_formatter="")
@@ -104,9 +113,9 @@ def main():
     cases, results = list(itertools.product(args.problems, args.ways, args.delays)), {}
     for problem, way, delay in (bar := tqdm(cases, unit="case")):
         bar.set_postfix_str(f"{problem}, {way}, {delay}")
-        epochs = PROBLEMS[problem][2]
+        epochs = PROBLEMS[problem][1]
         found = {rates: learn(problem, way, delay, rates, SEARCH_SEED, epochs // 2)
-                 for rates in RATES[problem]}
+                 for rates in RATES[problem.split(",")[0]]}
         best = min(found, key=found.get)
         results[problem, way, delay] = best, [
             learn(problem, way, delay, best, seed, epochs) for seed in range(args.seeds)]
@@ -116,7 +125,7 @@ def main():
         (problem, way, *(shown[problem, way, delay] for delay in args.delays))
         for problem in args.problems for way in args.ways])
     (KEPT / "bench-delay.png").write_bytes(png(
-        draw, results, args.problems, size=(10, 4.8), dpi=110))
+        draw, results, args.problems, size=(5 * max(2, len(args.problems)), 4.8), dpi=110))
 
 
 if __name__ == "__main__":

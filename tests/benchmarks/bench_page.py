@@ -16,7 +16,7 @@ import json, sys, time, urllib.request
 shown = None
 while True:
     version = json.load(urllib.request.urlopen(sys.argv[1] + "live"))["version"]
-    for kind in ("surface", "curves") if version != shown else ():
+    for kind in ("surface", "curves", "guess") if version != shown else ():
         urllib.request.urlopen(f"{sys.argv[1]}{kind}.png").read()
     shown = version
     time.sleep(2)

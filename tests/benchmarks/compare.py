@@ -4,13 +4,18 @@ True gradients at once and delayed, zero gradients, and guesses by three oracles
 without; also guesses that are shuffled among a minibatch's examples. The same number of examples
 each. Rates are those that `--search` finds, on another target and seeds that are not reported;
 delayed gradients have those of true ones. Writes benchmarks/compare.md and compare.png.
+
+    make compare ARGS="--target ripples --epochs 8"           # not the default target
+    make compare ARGS="--away 50 --seconds 40 --ways true zero"  # the output trainer is 50 ms away
 """
+from functools import partial
 from itertools import product
 
 import numpy as np
 
 from plot import draw_curves, png
 from tests.benchmarks.measure import (
+    DATA,
     KEPT,
     SEARCH_SEED,
     Runs,
@@ -18,9 +23,13 @@ from tests.benchmarks.measure import (
     final,
     make_parser,
     other_target,
+    ripples_target,
     run_sgd,
     run_three,
+    swing,
     table,
+    until,
+    waves_target,
 )
 
 SMALL, LINEAR = ["--layers", 24, 12, 24], ["--layers", 24, 24]
@@ -42,14 +51,18 @@ SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9
           "sgd.py, one example at a time": []}
 GRID = ((0.1, 0.9), (0.2, 0.9), (0.4, 0.9), (1.5, 0.0), (3.0, 0.0), (6.0, 0.0))
 TRUE, GUESSES = (0.4, 0.9), (6.0, 0.0)  # rate and momentum of layer 1, of the grid
+TARGETS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
+MINUTE = 60
 
 
-def run(folder, gradients, oracle, rates, epochs, seed, **options):
+def run(folder, gradients, oracle, rates, epochs, seed, away=0, **options):
+    """away: milliseconds between the output trainer and the two others, there and back. Delayed
+    gradients are then at most 20 updates late, else 4."""
     rate, momentum = rates
-    run_three(folder, seed=seed, oracle=oracle, input=[
+    run_three(folder, seed=seed, oracle=oracle, delay=away / 1000, late=away / 1000, input=[
         "--gradients", gradients, "--learning-rate", rate, "--momentum", momentum, "--num-epochs",
         epochs, *(["--warm-up", 0] if rates == TRUE and gradients != "synthetic" else []),
-        *(["--staleness", 4] if gradients == "delayed" else [])],
+        *(["--staleness", 20 if away else 4] if gradients == "delayed" else [])],
         **options)
 
 
@@ -75,29 +88,42 @@ def main():
     parser.add_argument("--epochs", type=int, default=5, help="(%(default)s)")
     every = [*SINGLE, *WAYS]
     parser.add_argument("--ways", nargs="+", choices=every, default=every, help="(all)")
+    parser.add_argument("--target", choices=TARGETS, default="default", help="(%(default)s)")
+    parser.add_argument("--seconds", type=int, help="of training, in place of --epochs")
+    parser.add_argument("--away", type=int, default=0, metavar="MS",
+                        help="milliseconds to the output trainer and back (%(default)s)")
     parser.add_argument("--search", action="store_true", help="print what the rates give, instead")
     args = parser.parse_args()
     if args.search:
         return search(args.epochs, args.seeds)
+    data, length = TARGETS[args.target](KEPT / args.target), args.seconds or args.epochs
+    unit = "s" if args.seconds else "epochs"
+    what = f"{length} {unit}" + f", {args.away} ms away" * bool(args.away)
     runs, results = Runs("compare", len(args.ways) * args.seeds), {}
     for seed, name in product(range(args.seeds), args.ways):
+        get = partial(runs.get, f"{args.target} {name} {what}", seed)
         if name in SINGLE:
-            results.setdefault(name, []).append(runs.get(
-                f"{name} {args.epochs}", seed, run_sgd, "--num-epochs", args.epochs,
-                *SINGLE[name]))
+            metrics = get(run_sgd, "--num-epochs", args.epochs, *SINGLE[name], data=data)
         else:
             gradients, oracle = WAYS[name]
-            results.setdefault(name, []).append(runs.get(
-                f"{name} {args.epochs}", seed, run, gradients, oracle,
-                TRUE if gradients in ("true", "delayed") else GUESSES, args.epochs))
+            metrics = get(run, gradients, oracle,
+                          TRUE if gradients in ("true", "delayed") else GUESSES, args.epochs,
+                          away=args.away, data=data, seconds=args.seconds)
+        results.setdefault(name, []).append(metrics)
     rows = []
     for name, each in results.items():
-        cosines = list(map(mean_cosine, each))
-        rows.append((name, cell(list(map(final, each))),
-                     cell([metrics["seconds"][-1] for metrics in each], ".0f"),
-                     cell(cosines, ".2f") if np.isfinite(cosines).all() else "–"))
-    table("compare", ("gradients", f"MSE after {args.epochs} epochs", "seconds",
-                      "mean gradient cosine"), rows)
+        cosines, seconds = list(map(mean_cosine, each)), [run["seconds"][-1] for run in each]
+        minute = [final(until(run, MINUTE)) for run in each]
+        rows.append((
+            name, cell(list(map(final, each))), cell(seconds, ".0f"),
+            cell(minute) if min(seconds) > MINUTE - 5 else "–",
+            cell(list(map(swing, each)), ".1f") if name not in SINGLE else "–",
+            cell(cosines, ".2f") if np.isfinite(cosines).all() else "–",
+            f"{np.median([run['updates'][-1] for run in each]):,.0f}" if name not in SINGLE else "–"
+        ))
+    table("compare", (f"{args.target} target: gradients", f"MSE after {what}", "seconds",
+                      f"MSE after {MINUTE} s", "highest over lowest row of the last third",
+                      "mean gradient cosine", "updates of layer 1"), rows)
     middle = {name: each[int(np.argsort(list(map(final, each)))[len(each) // 2])]
               for name, each in results.items()}
     (KEPT / "compare.png").write_bytes(png(draw_curves, middle, size=(9, 8), dpi=110))

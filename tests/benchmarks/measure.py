@@ -69,14 +69,26 @@ def another_target(folder):
         0.5 * np.sin(7 * a + 3 * np.cos(4 * b)) + 0.4 * np.cos(6 * (a + b) + 4 * a * b)))
 
 
-def noisy_data(folder, columns=10):
-    """Paths of the default problem with columns of noise beside the two that count, so that layer 1
-    must learn."""
+def waves_target(folder):
+    """A target that is reported, and no default was chosen on: waves that cross."""
+    return save_target(folder, 79, lambda a, b: (
+        0.5 * np.sin(7 * a + 2 * b) * np.cos(5 * b) + 0.3 * np.sin(6 * b * a + 2)))
+
+
+def ripples_target(folder):
+    """Another one: ripples around a point beside the centre."""
+    return save_target(folder, 80, lambda a, b: (
+        0.6 * np.cos(9 * np.hypot(a - 0.3, b + 0.2)) + 0.3 * a * b))
+
+
+def noisy_data(folder, columns=10, paths=DATA):
+    """Paths of a problem, else the default one, with columns of noise beside the two that count, so
+    that layer 1 must learn."""
     folder.mkdir(parents=True, exist_ok=True)
-    x = np.load(DATA[0])
+    x = np.load(paths[0])
     noise = np.random.default_rng(0).uniform(-1, 1, (len(x), columns - x.shape[1]))
     np.save(folder / "x.npy", np.column_stack([x, noise.astype(np.float32)]))
-    return folder / "x.npy", DATA[1]
+    return folder / "x.npy", paths[1]
 
 
 def digits_data(folder, file=None):
@@ -290,6 +302,12 @@ def swing(metrics):
     """The highest over the lowest row in the last third of a run."""
     last = metrics["test_mse"][-(len(metrics["test_mse"]) // 3):]
     return float(last.max() / last.min())
+
+
+def until(metrics, seconds):
+    """The rows of the first so many seconds."""
+    return {name: column[metrics["seconds"] <= seconds + 2] for name, column in metrics.items()
+            if isinstance(column, np.ndarray)}
 
 
 def time_to(metrics, mse):
