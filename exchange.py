@@ -1,5 +1,4 @@
-"""What asynchrony adds to SGD: fire-and-forget, arrivals, replay, and gradients with bounded
-staleness.
+"""What asynchrony adds to SGD: arrivals, replay, and gradients with bounded staleness.
 
     Arrivals          above          what to train on next: the newest arrival first, else replay
     Replay            above, oracle  the newest examples, and how often each may be trained on
@@ -44,12 +43,11 @@ class Part:
 
 
 class Replay:
-    """The newest `keep` examples, of which `replay` draws are allowed per example that arrives.
+    """The newest `keep` examples. Each one that arrives allows `replay` draws of any of them.
 
-    Each example that arrives allows `replay` draws of any stored example, and at most `replay`
-    draws per stored example are saved up. So training stops soon after news stops, and does not
-    overfit. What is thrown again is recognised and counts once. Servers' threads add, the training
-    loop draws.
+    At most `replay` draws per stored example are saved up. So training stops soon after news stops,
+    and does not overfit. What is thrown again is recognised and counts once. Servers' threads add,
+    the training loop draws.
     """
 
     def __init__(self, keep, replay):
@@ -58,8 +56,7 @@ class Replay:
         self.seen, self.remember = {}, max(keep, 20_000)  # keys; the newest are last
 
     def is_new(self, i, h, clock):
-        """(batch,) bool. A resumed run computes the same i and clock again, but another h: it is
-        new."""
+        """(batch,) bool. A resumed run has the same i and clock again, but another h: it is new."""
         with self.changed:
             keys = list(zip(i.tolist(), clock.tolist(), h[:, 0].tolist(), strict=True))
             new = np.array([key not in self.seen for key in keys])
@@ -110,8 +107,7 @@ class Minibatch(NamedTuple):
 
 
 class Arrivals:
-    """The minibatches that a part above trains on, in a loop: the newest arrival first, else
-    replay.
+    """What a part above trains on, in a loop: the newest arrival first, else replay.
 
     At most `backlog` examples wait, or two minibatches. Beyond that the oldest minibatch is
     skipped: it stays in the replay set only. Gradients at replayed activations are not passed on.
@@ -142,8 +138,7 @@ class Arrivals:
                 self.replay.add(*columns[1:3])
 
     def add_question(self, h, y, tell):
-        """In a server's thread, which waits for tell(g). Questions come first and none is
-        skipped."""
+        """In a server's thread, which waits for tell(g). Questions come first; none is skipped."""
         with self.changed:
             self.questions.append(Minibatch(np.arange(len(h)), h, y, tell))
             self.replay.add(h, y)
@@ -204,12 +199,10 @@ class BoundedStaleness:
         return g
 
     def status(self):
-        staleness, seconds = np.array(list(self.recent) or [(np.nan, np.nan)]).T
-        milliseconds = 1e3 * seconds
-        return {"staleness": float(np.median(staleness)),
-                "staleness_p95": float(np.percentile(staleness, 95)),
-                "latency_ms": float(np.median(milliseconds)),
-                "latency_ms_p95": float(np.percentile(milliseconds, 95)),
+        recent = list(self.recent) or [(np.nan, np.nan)]
+        median, high = np.percentile(recent, [50, 95], axis=0).tolist()
+        return {"staleness": median[0], "staleness_p95": high[0],
+                "latency_ms": 1e3 * median[1], "latency_ms_p95": 1e3 * high[1],
                 "waits": self.waits, "waited": self.waited}
 
 

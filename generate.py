@@ -9,10 +9,9 @@ numbers, or int64 classes. The function has no meaning of its own: it is smooth 
 has enough hills that learning it takes a while. train_input.py and sgd.py read these two files;
 plot.py calls target() to draw the function beside what was learned.
 """
-import argparse
-import os
 from pathlib import Path
 
+from plumbing import options  # first, see there
 import numpy as np
 
 
@@ -45,13 +44,10 @@ def digits(path):
         try:
             with np.load(path, allow_pickle=False) as file:
                 x, y, x_test, y_test = (file[name] for name in names)
-        except OSError:
-            raise
         except Exception as error:  # a damaged header raises whatever Python's tokenizer raises
             raise ValueError(f"{path}: expected an .npz file of {', '.join(names)} "
                              f"({error})") from None
     else:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from keras.datasets import mnist
         try:
             (x, y), (x_test, y_test) = mnist.load_data()
@@ -84,20 +80,16 @@ def draw_digits(figure, x, y):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.make_parser(__doc__, seed=0)
     add = parser.add_argument
-    add("--num-examples", type=int, default=200_000, help="how many points to draw (%(default)s)")
+    add("--num-examples", type=options.number(int, 1), default=200_000, help="(%(default)s)")
     add("--digits", nargs="?", const="", metavar="FILE.npz",
         help="MNIST instead: downloaded, or from a file")
-    add("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
     add("--dir", type=Path, default=Path("."), help="where to write (the current folder)")
     args = parser.parse_args()
-    if args.num_examples < 1 or args.seed < 0:
-        parser.error("--num-examples must be at least 1 and --seed at least 0")
     from matplotlib.figure import Figure
     figure = Figure((5.6, 4.6), layout="constrained")
-    try:
+    with options.one_line_errors(parser):
         if args.digits is None:
             x, y = sample(args.num_examples, args.seed)
             draw_target(figure)
@@ -109,10 +101,7 @@ def main():
         np.save(args.dir / "x.npy", x)
         np.save(args.dir / "y.npy", y)
         figure.savefig(args.dir / "target.png", dpi=110)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"generate.py: {error}\n")
-    files = ", ".join(str(args.dir / name) for name in ("x.npy", "y.npy", "target.png"))
-    print(f"{len(x)} examples, {about}: {files}")
+    print(f"{len(x)} examples, {about}: x.npy, y.npy and target.png in {args.dir.resolve()}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class LowerEnd:
             delayed_answer or self.ask_oracle, args.staleness,
             self.from_above if delayed_answer else self.from_oracle, self.outbox.throw_again)
         self.network = self.ids = ()  # widths and processes above the cut, once connected
+        self.has_oracle = args.gradients not in ("true", "delayed")
 
     def from_oracle(self, call):
         return serving.until_answered(call, f"the oracle at {self.oracle.url}", self.stop,
@@ -53,10 +54,6 @@ class LowerEnd:
     def throw(self, i, h, y, clock):
         if self.args.gradients != "true":  # there the question brings them
             self.outbox.throw(i, h, y, np.full(len(i), clock))
-
-    @property
-    def has_oracle(self):
-        return self.args.gradients not in ("true", "delayed")
 
     def connect(self, new, k=None):
         """Wait for the part and the oracle above, check that they fit, and unless this is a resumed
@@ -95,10 +92,9 @@ class UpperEnd:
     """
 
     def __init__(self, args, part, rng, oracle_server):
-        self.args, self.part, self.k = args, part, None
+        self.args, self.part, self.network = args, part, None
         self.arrivals = Arrivals(Replay(args.keep, args.replay), args.batch_size, rng)
-        oracle = OracleClient(oracle_server, args.token)
-        self.oracle_url = oracle.url
+        self.oracle = oracle = OracleClient(oracle_server, args.token)
         self.outbox = Outbox(max_rows=args.keep, per_message=1)
         self.poster = Poster(self.outbox, oracle.provide_gradients, f"the oracle at {oracle.url}")
         self.checkpoint, self.loss = runs.Checkpoint(args.progress_dir), None
@@ -106,11 +102,11 @@ class UpperEnd:
         self.answers, self.asking = collections.OrderedDict(), threading.Lock()
         self.saved, self.saved_updates, self.reporter = time.monotonic(), 0, serving.Reporter()
 
-    def open(self, k):
-        """Take activations from now on: y is (batch, k)."""
-        serving.check_batch(self.args.batch_size, self.args.layers[0], k)
-        self.outbox.per_message = rows_per_message(2 * self.args.layers[0] + k)
-        self.k = k
+    def open(self, network):
+        """Take activations from now on. network: the widths of this part and of all above it."""
+        serving.check_batch(self.args.batch_size, network[0], network[-1])
+        self.outbox.per_message = rows_per_message(2 * network[0] + network[-1])
+        self.network = network
 
     def resume(self):
         """Continue from the checkpoint if --resume is given, else put an earlier run's aside."""
@@ -125,9 +121,9 @@ class UpperEnd:
     def routes(self, app, weights_above):
         """weights_above() -> [(w, b), ...] of all parts above this one, and each one's updates."""
         def widths():
-            if self.k is None:
+            if self.network is None:
                 raise Refused("still waiting for the part above", 503)
-            return {"h": self.args.layers[0], "y": self.k}
+            return {"h": self.network[0], "y": self.network[-1]}
 
         @app.post("/training_examples")
         def training_examples():
@@ -162,8 +158,7 @@ class UpperEnd:
             raise Refused(f"busy: the training loop took over {seconds} s", 503) from None
 
     def minibatches(self, stop):
-        """What to train on, in a loop until `stop`; in between, checkpoints and a line now and
-        then."""
+        """What to train on until `stop`; in between, checkpoints and a line now and then."""
         while not stop:
             if minibatch := self.arrivals.next(seconds=0.2):
                 yield minibatch
@@ -206,4 +201,4 @@ class UpperEnd:
         return {"layers": self.args.layers, "updates": self.part.updates, "loss": self.loss,
                 "backlog": self.arrivals.backlog, "examples": self.arrivals.replay.counters(),
                 "waiting": len(self.arrivals.waiting), "skipped": self.arrivals.skipped,
-                "gradients_sent": self.outbox.counters()}
+                "network": self.network, "gradients_sent": self.outbox.counters()}

@@ -28,8 +28,7 @@ STEPS = 10      # minibatches in one call of the compiled training function
 
 
 def make_model(dims):
-    """[24, 64, 64, 24] -> a Keras model h -> ĝ. Its last layer starts at zero (paper, section
-    3)."""
+    """[24, 64, 64, 24] -> a Keras model h -> ĝ, whose last layer starts at zero (section 3)."""
     import keras
     keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
     hidden = [keras.layers.Dense(width, activation="tanh") for width in dims[1:-1]]
@@ -126,8 +125,7 @@ class Oracle:
         zeros and None before anything was learned.
 
         The Keras model's own arithmetic on a copy of its weights, in NumPy: 0.05 ms, where a
-        compiled TensorFlow call takes 0.4 ms, and 2.4 ms behind a training step (2 cores, 100 ×
-        24).
+        compiled TensorFlow call takes 0.4 ms, and 2.4 ms behind a training step (100 × 24).
         """
         if not self.published:
             return np.zeros((len(h), self.model.output_shape[1]), np.float32), None
@@ -140,8 +138,7 @@ class Oracle:
 
 
 def model_input(h, y, labels):
-    """What the model sees: h, or h and y side by side where `labels`, the width of y, is not
-    zero."""
+    """What the model sees: h, or h and y side by side if `labels`, the width of y, is not 0."""
     if not labels:
         return h
     if y.shape[1] != labels:

@@ -9,10 +9,8 @@ synthetic_plots/: the learned surface beside the target, and the oracle's guess 
 gradient g. learning.gif and guesses.gif are the same as animations. The live page is a process of
 its own (plumbing/live.py), at http://127.0.0.1:5004/. No other process needs it.
 """
-import functools
 import io
 import itertools
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from plumbing import options, runs, say  # first, see there
@@ -231,12 +229,11 @@ def runs_here():
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = options.make_parser(__doc__, 5004)
     add = parser.add_argument
     add("runs", nargs="*", help="folders (all runs here but progress.1 etc.; --live: progress)")
     add("--out", type=Path, default=Path("."), help="folder to write to (the current one)")
-    add("--live", action="store_true", help="serve a page that follows a run; the rest is for it")
-    options.add(parser, host="127.0.0.1", port=5004, token_file=None)
+    add("--live", action="store_true", help="serve a page that follows a run; addresses are for it")
     for who, port in (("oracle", 5001), ("output", 5002), ("input", 5003)):
         add(f"--{who}-server", default=f"127.0.0.1:{port}", help="whom to ask (%(default)s)")
     add("--also", nargs="+", default=[], metavar="ADDR",
@@ -244,7 +241,7 @@ def main():
     args = parser.parse_args()
     if args.live:
         from plumbing import live, serving
-        serving.run(functools.partial(live.main, draw_live), parser)
+        serving.run(lambda args, stop: live.main(draw_live, args, stop), parser)
     folders = list(dict.fromkeys(args.runs)) or runs_here()
     with options.one_line_errors(parser):
         if not folders:

@@ -1,5 +1,4 @@
-"""Plain stochastic gradient descent with hand-written backprop: the baseline, and the file to read
-first.
+"""Plain SGD with hand-written backprop: the baseline, and the file to read first.
 
     python generate.py                     # makes x.npy and y.npy
     python sgd.py x.npy y.npy              # 100 epochs, about ten minutes; writes sgd_progress/
@@ -15,7 +14,6 @@ Everything works on a minibatch: x, y, h and g have the shape (batch, dim). The 
 be read, not to be fast. One example at a time (--batch-size 1) is SGD as textbooks describe it. The
 trainers of the decoupled run use the same layers, and their loops use the same words.
 """
-import argparse
 import time
 from itertools import pairwise
 
@@ -104,8 +102,7 @@ def test_score(layers, x, y):
 
 
 class Layer:
-    """A fully connected layer: w is (input_dim, output_dim) and b is (output_dim,), both
-    float32."""
+    """A fully connected layer: w (input_dim, output_dim) and b (output_dim,), both float32."""
 
     def __init__(self, w, b, activation):
         self.w, self.b, self.activation = w, b, activation
@@ -147,14 +144,13 @@ def feed_forward(layers, h):
 
 
 def backprop(layers, g):
-    """g = dL/dh of the last layer -> dL/dx of the first, per example; every layer remembers its own
-    gradients."""
+    """g = dL/dh of the last layer -> dL/dx of the first, per example, through every layer."""
     for layer in reversed(layers):
         g = layer.backprop(g)
     return g
 
 
-def descend(layers, learning_rate, momentum=0.0):
+def descend(layers, learning_rate, momentum):
     """One update: every layer steps against the gradients that it remembers."""
     for layer in layers:
         layer.descend(learning_rate, momentum)
@@ -187,8 +183,7 @@ def layers_from_weights(weights):
 
 
 def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
-    """The indices of each minibatch, (batch,), every epoch in a new order, without the first
-    `skip`.
+    """The indices of each minibatch, every epoch in a new order, without the first `skip`.
 
     Random numbers come from streams [seed, n]: 1 for the lowest part (here for all layers), 2 for
     the highest, 3 for the oracle, 4 with the epoch for this, 5 for shuffled gradients, 6 for a
@@ -211,8 +206,7 @@ def schedule(learning_rate, decay, warm_up=0):
 
 
 def train(layers, x, y, order, learning_rate, momentum):
-    """Stochastic gradient descent. `order` yields minibatches of indices. Yields after each
-    update."""
+    """Plain SGD. `order` yields minibatches of indices. Yields after each update."""
     for clock, i in enumerate(order):
         y_hat = feed_forward(layers, x[i])
         g = loss_gradient(y_hat, y[i])
@@ -224,12 +218,10 @@ def train(layers, x, y, order, learning_rate, momentum):
 def main():
     from plumbing import data, options, runs
     from tqdm import tqdm
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [options] x.npy y.npy")
+    parser = options.make_parser(
+        __doc__, layers=[2, 24, 12, 1], num_epochs=100, learning_rate=0.002, batch_size=1,
+        momentum=0.0, seed=0, progress_dir="sgd_progress")
     data.add_options(parser)
-    options.add(parser, layers=[2, 24, 12, 1], num_epochs=100, learning_rate=0.002, batch_size=1,
-                momentum=0.0, seed=0, progress_dir="sgd_progress")
     parser.add_argument("--decay", type=options.number(float, 0, 1), default=0.997,
                         help="factor on the learning rate after each epoch (%(default)s)")
     args = parser.parse_args()

@@ -29,17 +29,8 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from plumbing.wire import (
-    Client,
-    Integers,
-    Malformed,
-    Matrix,
-    NoAnswer,
-    Vector,
-    encode,
-    json_to_ndarray,
-    ndarray_to_json,
-)
+from plumbing.wire import (Client, Integers, Malformed, Matrix, NoAnswer, Vector, encode,
+                           json_to_ndarray, ndarray_to_json)
 
 
 class Question(msgspec.Struct, forbid_unknown_fields=True):
@@ -81,8 +72,7 @@ class Gradients(Examples):
 
 
 class Accepted(msgspec.Struct):
-    """The answer to what was thrown: how many examples have arrived. Only the posting thread
-    waits."""
+    """The answer to what was thrown: how many examples came. Only the posting thread waits."""
     accepted: int
 
 
@@ -128,8 +118,7 @@ class OracleClient(ProcessClient):
     port = 5001
 
     def estimate_gradients(self, h, y):
-        """ĝ(h), or ĝ(h, y), the synthetic gradients (paper, section 2.1), (batch, width);
-        `learned`."""
+        """ĝ(h), or ĝ(h, y), the synthetic gradients (section 2.1), (batch, width); `learned`."""
         return self.ask(Guess, "POST", "/estimate_gradients", encode(h=h, y=y), rows=len(h),
                         gradients=h.shape[1])
 

@@ -22,24 +22,14 @@ from tqdm import tqdm
 from exchange import Delayed, gradient_source
 from links import LowerEnd
 from plumbing.wire import NoAnswer, Refused
-from sgd import (
-    HIDDEN,
-    backprop,
-    descend,
-    feed_forward,
-    layers_from_weights,
-    loss_gradient,
-    make_layers,
-    minibatches,
-    schedule,
-    test_score,
-)
+from sgd import (HIDDEN, backprop, descend, feed_forward, layers_from_weights, loss_gradient,
+                 make_layers, minibatches, schedule, test_score)
 from synthgrad import Gradients
 
 DEFAULTS = dict(
     layers=[2, 24], learning_rate=6.0, momentum=0.0, decay=20_000, warm_up=1000, batch_size=100,
     staleness=20, num_epochs=16, patience=600, seed=0, oracle_server="127.0.0.1:5001",
-    output_server="127.0.0.1:5002", progress_dir="progress", resume=False)
+    output_server="127.0.0.1:5002", progress_dir="progress", snapshot_seconds=5, resume=False)
 GRADIENTS = "synthetic", "true", "delayed", "zero", "shuffled"
 
 
@@ -116,13 +106,10 @@ class Report:
         return f"epoch {self.row['epoch']:.1f}, held-out {name[5:]} {self.row[name]:.4f}"
 
     def status(self, args):
-        numbers = {**self.row, **self.counts, **self.link.bounded.status()}
-        return {"layers": args.layers, "gradients": args.gradients, "state": self.state,
-                "score": self.data.score, "bound": args.staleness,
+        return {"layers": args.layers, "state": self.state, "score": self.data.score,
                 "progress_dir": str(Path(args.progress_dir).resolve()),
                 "total": args.num_epochs * len(self.data.x),
-                "examples_sent": self.link.outbox.counters(),
-                **numbers}
+                **self.row, **self.counts, **self.link.status()}
 
 
 def mean_cosine(g, guess):
@@ -139,9 +126,8 @@ def main(args, stop):
     layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]), last=HIDDEN)
     checkpoint = runs.Checkpoint(args.progress_dir)
     same = {"seed": args.seed, "held_out": len(loaded.x_test), "data": loaded.digest}
-    counts = {"examples": 0, "updates": 0, "seconds": 0.0, "waits": 0, "waited": 0.0}
     resumed = checkpoint.resume(layers, **same) if args.resume else {}
-    counts.update(resumed)
+    counts = {"examples": 0, "updates": 0, "seconds": 0.0, "waits": 0, "waited": 0.0, **resumed}
     delayed = Delayed(layers, args.staleness) if args.gradients == "delayed" else None
     link = LowerEnd(args, stop, delayed and delayed.answer)
     link.bounded.waits, link.bounded.waited = counts["waits"], counts["waited"]
@@ -151,8 +137,7 @@ def main(args, stop):
     if delayed:
         @app.post("/provide_gradients")
         def provide_gradients():
-            widths = {"h": link.width, "gradients": link.width, "y": k}
-            columns = serving.message(Gradients, **widths)
+            columns = serving.message(Gradients, h=link.width, gradients=link.width, y=k)
             delayed.add(*columns)
             return {"accepted": len(columns[0])}
     serving.serve(app, listener, args)
@@ -169,8 +154,7 @@ def main(args, stop):
 
 
 def run(args, stop, report, progress, checkpoint):
-    """Train for args.num_epochs, with a progress bar, a snapshot now and then and one at the
-    end."""
+    """Train for args.num_epochs, with a progress bar, snapshots now and then and one at the end."""
     x, y, counts, link = report.data.x, report.data.y, report.counts, report.link
     report.take(progress, checkpoint)
     report.state = f"training along {args.gradients} gradients"
@@ -218,6 +202,4 @@ if __name__ == "__main__":
     parser = options.make_parser(__doc__, 5003, **DEFAULTS)
     data.add_options(parser)
     parser.add_argument("--gradients", choices=GRADIENTS, default="synthetic", help="(%(default)s)")
-    parser.add_argument("--snapshot-seconds", type=options.number(float, 0), default=5,
-                        help="between rows (%(default)s)")
     serving.run(main, parser)

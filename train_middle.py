@@ -16,12 +16,12 @@ from exchange import Part, gradient_source
 from links import LowerEnd, UpperEnd
 from sgd import HIDDEN, backprop, feed_forward, make_layers, schedule
 from synthgrad import PartClient
-from train_output import add_checkpoint_option
 
 DEFAULTS = dict(
     layers=[24, 12], learning_rate=6.0, momentum=0.0, decay=20_000, warm_up=1000, batch_size=100,
     keep=20_000, replay=0, staleness=20, patience=600, seed=0, output_server="127.0.0.1:5002",
-    oracle_server="127.0.0.1:5011", progress_dir="middle_progress", resume=False)
+    oracle_server="127.0.0.1:5011", progress_dir="middle_progress", resume=False,
+    checkpoint_seconds=5)
 
 
 def train(part, minibatches, learning_rate, momentum, throw, gradient):
@@ -47,16 +47,14 @@ def main(args, stop):
     below = UpperEnd(args, Part(layers), rng, args.lower_oracle_server)
     above = LowerEnd(args, stop)
     gradient = gradient_source(args.gradients, above.bounded, above.ask_above, rng)
-    if above.has_oracle and above.oracle.url == below.oracle_url:
+    if above.has_oracle and above.oracle.url == below.oracle.url:
         raise ValueError(f"{above.oracle.url} is given as the oracle below and as the one above; "
                          "each link needs its own: --oracle-server names the one above, "
                          "--lower-oracle-server the one below")
     below.resume()
-    network = None
 
     def status():
-        return {**below.status(), **above.status(), "loss": None, "network": network,
-                "ids": [serving.ID, *above.ids]}
+        return {**below.status(), **above.status(), "loss": None, "ids": [serving.ID, *above.ids]}
 
     def weights_above():
         return PartClient(args.output_server, args.token).weights(above.network)
@@ -66,8 +64,7 @@ def main(args, stop):
     serving.serve(app, listener, args)
     above.connect(new=not below.resumed)
     below.save(always=True)  # from now on --resume continues this run
-    below.open(k=above.network[-1])
-    network = args.layers + above.network[1:]
+    below.open(args.layers + above.network[1:])
     say(f"middle trainer {args.layers} answers on {args.host}:{args.port}")
     squares = train(below.part, below.minibatches(stop),
                     schedule(args.learning_rate, args.decay, args.warm_up), args.momentum,
@@ -78,7 +75,6 @@ def main(args, stop):
 
 if __name__ == "__main__":
     parser = options.make_parser(__doc__, 5012, **DEFAULTS)
-    add_checkpoint_option(parser)
     parser.add_argument("--gradients", choices=["synthetic", "true", "zero", "shuffled"],
                         default="synthetic", help="from above (%(default)s)")
     parser.add_argument("--lower-oracle-server", default="127.0.0.1:5001",

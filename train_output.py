@@ -20,7 +20,8 @@ DEFAULTS = dict(
     layers=[24, 12, 1], learning_rate=0.1, momentum=0.9, decay=200_000, batch_size=100,
     keep=20_000,  # examples that are stored, the newest ones
     replay=8,     # times that each of them is trained on again
-    seed=0, oracle_server="127.0.0.1:5001", progress_dir="output_progress", resume=False)
+    seed=0, checkpoint_seconds=5, oracle_server="127.0.0.1:5001", progress_dir="output_progress",
+    resume=False)
 
 
 def train(part, minibatches, learning_rate, momentum):
@@ -42,9 +43,8 @@ def main(args, stop):
     layers = make_layers(args.layers, rng, input_mean=HIDDEN.mean)
     below = UpperEnd(args, Part(layers), rng, args.oracle_server)
     below.resume()
-    below.open(k=args.layers[-1])
-    app = serving.make_app("output trainer",
-                           lambda: {**below.status(), "network": args.layers}, args)
+    below.open(args.layers)
+    app = serving.make_app("output trainer", below.status, args)
     below.routes(app, weights_above=lambda: ([], []))
     serving.serve(app, listener, args)
     say(f"output trainer {args.layers} answers on {args.host}:{args.port}")
@@ -53,12 +53,5 @@ def main(args, stop):
     below.follow(losses, "the output trainer")
 
 
-def add_checkpoint_option(parser):
-    parser.add_argument("--checkpoint-seconds", type=options.number(float, 0), default=5,
-                        help="between checkpoints (%(default)s)")
-
-
 if __name__ == "__main__":
-    parser = options.make_parser(__doc__, 5002, **DEFAULTS)
-    add_checkpoint_option(parser)
-    serving.run(main, parser)
+    serving.run(main, options.make_parser(__doc__, 5002, **DEFAULTS))

@@ -8,7 +8,6 @@ The train functions, the arrivals, the replay, the staleness bound and the oracl
 three processes. Here plain function calls connect them. A true gradient reaches the oracle --delay
 updates after its minibatch. The same options give the same numbers.
 """
-import argparse
 import collections
 import math
 import sys
@@ -120,21 +119,19 @@ def run(args, loaded):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.add_options(parser)
     mine, theirs = train_input.DEFAULTS, train_output.DEFAULTS
-    options.add(parser, layers=[2, 24, 12, 1], num_epochs=8, staleness=1000, keep=theirs["keep"],
-                **{name: mine[name] for name in ("learning_rate", "momentum", "decay", "warm_up",
-                                                 "batch_size", "seed")})
+    same = "learning_rate", "momentum", "decay", "warm_up", "batch_size", "seed"
+    parser = options.make_parser(
+        __doc__, layers=[2, 24, 12, 1], num_epochs=8, staleness=1000, keep=theirs["keep"],
+        **{name: mine[name] for name in same})
+    data.add_options(parser)
     add = parser.add_argument
     add("--cuts", type=int, nargs="+", default=[1], help="layers below each cut (%(default)s)")
     add("--gradients", choices=train_input.GRADIENTS, default="synthetic", help="(%(default)s)")
     add("--delay", type=int, default=6, help="updates until a true gradient arrives (%(default)s)")
     add("--replay", type=float, default=theirs["replay"], help="of the highest part (%(default)s)")
-    add("--output-rate", type=float, default=theirs["learning_rate"],
-        help="learning rate of the highest part (%(default)s)")
-    add("--output-momentum", type=float, default=theirs["momentum"], help="(%(default)s)")
+    add("--output-rate", type=float, default=theirs["learning_rate"], help="its (%(default)s)")
+    add("--output-momentum", type=float, default=theirs["momentum"], help="its (%(default)s)")
     add("--oracle-layers", type=int, nargs="*", default=oracle.DEFAULTS["layers"][1:-1],
         help="hidden layers of the oracles; none makes them linear (%(default)s)")
     add("--oracle-replay", type=float, default=oracle.DEFAULTS["replay"], help="(%(default)s)")

@@ -37,19 +37,16 @@ def widths(text):
 
 def parse(argv):
     """The launcher's options; `rest` is what goes to train_input.py alone."""
-    parser = argparse.ArgumentParser(prog="plumbing.launch", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    options.add(parser, seed=0, progress_dir="progress", token_file=None, resume=False)
+    parser = options.make_parser(__doc__, seed=0, progress_dir="progress", token_file=None,
+                                 resume=False)
+    parser.prog, add = "plumbing.launch", parser.add_argument
     add("--gradients", default="synthetic", help="of train_input.py (%(default)s)")
     add("--parts", type=widths, nargs="+", default=[[2, 24], [24, 12, 1]], metavar="WIDTHS",
         help="the widths of each part, the lowest first (2-24 24-12-1)")
     add("--oracle-layers", type=options.number(int, 1), nargs="*", default=[64, 64],
         metavar="WIDTH", help="of the oracles' hidden layers; none: linear (64 64)")
     add("--condition-on-labels", type=options.number(int, 0), nargs="?", const=-1, metavar="K",
-        dest="labels",
-        help="oracles see y, which is K wide; 0: they do not (a chain's do)")
+        dest="labels", help="oracles see y, which is K wide; 0: they do not (a chain's do)")
     add("--first-port", type=options.number(int, 1, 65000), default=5001,
         help="the lowest oracle's; the others' follow (%(default)s)")
     add("--port", type=options.number(int, 1, 65535), help="the input trainer's (5003)")
@@ -177,9 +174,8 @@ def run(commands, signals):
 def wait(processes, enough=lambda: False):
     """Until all have ended, enough() is true, or STOP_SECONDS have passed."""
     deadline = time.monotonic() + STOP_SECONDS
-    while any(each.poll() is None for each in processes) and not enough():
-        if time.monotonic() > deadline:
-            break
+    while (time.monotonic() < deadline and not enough()
+           and any(each.poll() is None for each in processes)):
         time.sleep(0.05)
 
 

@@ -26,38 +26,34 @@ SHARED = {
     "layers": dict(type=number(int, 1), nargs="+", help="layer widths (%(default)s)"),
     "learning_rate": dict(type=number(float, 1e-12, 1e6), help="initial rate (%(default)s)"),
     "momentum": dict(type=number(float, 0, 1), help="(%(default)s)"),
-    "decay": dict(type=number(float, 1), help="updates until the learning rate has halved "
-                                              "(%(default)s)"),
+    "decay": dict(type=number(float, 1), help="updates until the rate has halved (%(default)s)"),
     "warm_up": dict(type=number(float, 0), help="updates until the full rate (%(default)s)"),
     "batch_size": dict(type=number(int, 1), help="examples per minibatch (%(default)s)"),
     "num_epochs": dict(type=number(int, 1), help="(%(default)s)"),
     "seed": dict(type=number(int, 0), help="random seed (%(default)s)"),
     "keep": dict(type=number(int, 1), help="newest examples to train on (%(default)s)"),
-    "replay": dict(type=number(float, 0), help="training draws allowed per new example, on "
-                                               "average (%(default)s)"),
+    "replay": dict(type=number(float, 0), help="training draws per new example (%(default)s)"),
     "staleness": dict(type=number(int, 1), help="updates that this part may be ahead of the true "
                                                 "gradients that came back (%(default)s)"),
     "patience": dict(type=number(float, 0), help="seconds to wait for a process (%(default)s)"),
     "oracle_server": dict(help="where the oracle is (%(default)s)"),
     "output_server": dict(help="where the part above is (%(default)s)"),
     "progress_dir": dict(help="folder to write to (%(default)s)"),
-    "resume": dict(action="store_true", help="continue from the checkpoint in --progress-dir, if "
-                                             "there is one"),
+    "resume": dict(action="store_true", help="continue from a checkpoint in --progress-dir"),
+    "checkpoint_seconds": dict(type=number(float, 0), help="between checkpoints (%(default)s)"),
+    "snapshot_seconds": dict(type=number(float, 0), help="between rows (%(default)s)"),
 }
 
 
-def add(parser, **defaults):
-    """Add the options in SHARED that are named, with these defaults."""
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **SHARED[name])
-
-
-def make_parser(doc, port, **defaults):
-    """The parser of a process that others can reach. Options cannot be abbreviated, because
-    plumbing.launch reads some of them, too."""
+def make_parser(doc, port=None, **defaults):
+    """A parser of the options in SHARED that are named; with `port`, of a process that others can
+    reach. They cannot be abbreviated, because plumbing.launch reads some of them, too."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add(parser, host="127.0.0.1", port=port, token_file=None, **defaults)
+    if port:
+        defaults = {"host": "127.0.0.1", "port": port, "token_file": None, **defaults}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **SHARED[name])
     return parser
 
 

@@ -11,8 +11,7 @@ TRY_AGAIN = 0.5  # seconds until a post that failed is followed by the next one
 
 
 class Outbox:
-    """What has been thrown at another process: fire-and-forget, so nobody waits for it to be
-    posted.
+    """What was thrown at another process, fire-and-forget: nobody waits for it to be posted.
 
     The queue holds at most `max_rows` examples; beyond that the oldest are dropped. What cannot be
     delivered is dropped too. thrown = sent + dropped + what waits or is on its way. A thread of its
@@ -26,16 +25,14 @@ class Outbox:
         self.thrown = self.sent = self.dropped = 0
 
     def throw(self, *columns):
-        """columns: i, h, y, clock, and g where it is known. They must not be written to any
-        more."""
+        """columns: i, h, y, clock, and g where it is known. Nobody may write to them any more."""
         with self.changed:
             self._append(columns)
             self.kept.append(columns)
             self._trim(self.kept)
 
     def throw_again(self, after):
-        """Throw once more what is newer than the clock `after`, or all that is kept if it is
-        None."""
+        """Throw once more what is newer than the clock `after`; all that is kept if it is None."""
         with self.changed:
             waiting = {id(columns) for columns in self.queue}
             for columns in self.kept:
@@ -55,8 +52,7 @@ class Outbox:
         return removed
 
     def next_message(self):
-        """Waits for minibatches and takes the oldest ones: as many as fit into a message, at least
-        one.
+        """Waits for minibatches and takes the oldest that fit into a message, at least one.
 
         Returns its columns; None when the outbox is closed and empty.
         """
@@ -67,11 +63,6 @@ class Outbox:
                 taken.append(self.queue.popleft())
                 rows += len(taken[-1][0])
         return [np.concatenate(column) for column in zip(*taken, strict=True)] or None
-
-    def count(self, rows, delivered):
-        with self.changed:
-            self.sent += rows * delivered
-            self.dropped += rows * (not delivered)
 
     def counters(self):
         with self.changed:
@@ -87,8 +78,8 @@ class Poster:
         self.thread.start()
 
     def _run(self):
-        reachable = True
-        while columns := self.outbox.next_message():
+        outbox, reachable = self.outbox, True
+        while columns := outbox.next_message():
             try:
                 self.post(*columns)
                 delivered = True
@@ -99,12 +90,12 @@ class Poster:
                         "dropped until it does")
             if delivered and not reachable:
                 say(f"{self.to} takes messages again")
-            reachable = delivered
-            self.outbox.count(len(columns[0]), delivered)
-            with self.outbox.changed:
-                self.outbox.changed.wait_for(lambda: self.outbox.closing,
-                                             PAUSE if delivered else TRY_AGAIN)
-                if self.outbox.closing and not delivered:
+            reachable, rows = delivered, len(columns[0])
+            with outbox.changed:
+                outbox.sent += rows * delivered
+                outbox.dropped += rows * (not delivered)
+                outbox.changed.wait_for(lambda: outbox.closing, PAUSE if delivered else TRY_AGAIN)
+                if outbox.closing and not delivered:
                     return
 
     def close(self, timeout):

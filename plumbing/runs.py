@@ -1,5 +1,4 @@
-"""What runs write: metrics, snapshots and checkpoints. Of arrays; it does not know what a layer
-is."""
+"""What runs write: metrics, snapshots and checkpoints. Of arrays: layers are unknown here."""
 import contextlib
 import csv
 import io
@@ -79,7 +78,6 @@ class Progress:
             if not resume:
                 aside = self.folder.rename(free_name(self.folder))
                 say(f"{folder} held an earlier run: moved to {aside}")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.locked = lock(self.folder)
         if resume:
             self.options["resumed"] = read_json(self.folder / "run.json").get("resumed", 0) + 1
@@ -112,8 +110,7 @@ class Progress:
         self.write_rows()
 
     def end(self, how):
-        """Say in run.json how the run ended: "finished", "stopped", or why; None while it goes
-        on."""
+        """Say in run.json how the run ended: "finished", "stopped", or why; None while it runs."""
         save_text(self.folder / "run.json", json.dumps(
             {**self.options, "ended": how}, indent=1, default=str) + "\n")
 
@@ -198,8 +195,7 @@ def read_metrics(folder):
 
 
 class Checkpoint:
-    """A trainer's own part in a file, from which --resume continues: layers, velocities,
-    numbers."""
+    """A trainer's own part in a file: layers, velocities, numbers. --resume continues from it."""
 
     PARTS = "w", "b", "w_velocity", "b_velocity"
 

@@ -1,5 +1,4 @@
-"""What makes a trainer a process that others can ask: Flask and waitress, the token, waiting,
-stopping."""
+"""What makes a trainer a process that others can ask: server, token, waiting, stopping."""
 import contextlib
 import hmac
 import logging
@@ -34,8 +33,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). A second Ctrl-C ends the process at
-    once.
+    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). A second Ctrl-C ends at once.
 
     A plain flag, because a signal may come while the main thread holds a threading.Event's lock.
     """
@@ -160,8 +158,7 @@ def names_of(host):
 
 
 def make_app(process, status, args):
-    """A Flask app that answers every error as JSON, and GET /status with what status() returns: a
-    dict."""
+    """A Flask app that answers every error as JSON, and GET /status with the dict status()."""
     app = flask.Flask(process, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"], app.json.sort_keys = MAX_BODY, False
     names = names_of(args.host)
@@ -253,8 +250,7 @@ def serve(app, listener, args):
 
 
 def run(main, parser):
-    """Parse, run main(args, stop), and exit with 0, with 130 after Ctrl-C, or as one_line_errors()
-    does."""
+    """Parse, run main(args, stop), exit with 0, with 130 after Ctrl-C, or as one_line_errors()."""
     args, stop = options.parse(parser), Stop()
     with options.one_line_errors(parser), contextlib.suppress(Stopped):
         main(args, stop)

@@ -1,7 +1,5 @@
-"""Arrays as JSON, messages as bytes, and a bare HTTP client. What the messages mean:
-synthgrad.py."""
+"""Arrays as JSON, messages as bytes, a bare HTTP client. What messages mean: synthgrad.py."""
 import base64
-import functools
 from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
@@ -41,8 +39,7 @@ class Malformed(ValueError):
 
 
 class Refused(Exception):
-    """A server raises it to answer with `status`, 4xx or 503. A client raises it when answered
-    4xx."""
+    """A server raises it to answer with `status`, 4xx or 503; a client when answered 4xx."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -50,8 +47,7 @@ class Refused(Exception):
 
 
 class NoAnswer(ConnectionError):
-    """The server cannot be reached, broke off, was too slow, answered rubbish, or something too
-    old. Asking again may help."""
+    """No answer came in time, or one that is rubbish or too old. Asking again may help."""
 
 
 def ndarray_to_json(array, values=False):
@@ -100,8 +96,7 @@ def encode(values=False, **fields):
 
 
 def decode(body, kind, rows=None, **widths):
-    """The bytes of a message -> its fields in order, arrays as arrays. Raises Malformed, naming the
-    field.
+    """The bytes of a message -> its fields in order. Raises Malformed, naming the field.
 
     `widths` are those that matrices must have, such as h=24. All arrays must have the same number
     of rows, `rows` if it is given, at least one, and hold finite numbers of sane magnitudes.
@@ -113,22 +108,17 @@ def decode(body, kind, rows=None, **widths):
                         f"{', '.join(kind.__struct_fields__)}, where an array is like "
                         '{"shape": [2, 2], "values": [1, 2, 3, 4]}') from None
     fields = []
-    for name, integers in _fields(kind):
+    for name in kind.__struct_fields__:
         value = getattr(message, name)
         if isinstance(value, Array):
-            value = _checked(value, name, integers, rows, widths.get(name))
+            value = _checked(value, name, rows, widths.get(name))
             rows = len(value)
         fields.append(value)
     return fields
 
 
-@functools.cache
-def _fields(kind):
-    """The names of a message's fields, and whether each holds integers; cached, it is slow."""
-    return [(field.name, field.type == Integers) for field in msgspec.structs.fields(kind)]
-
-
-def _checked(value, name, integers, rows, width):
+def _checked(value, name, rows, width):
+    integers = len(value.shape) == 1  # i and clock; all others are matrices
     try:
         value = json_to_ndarray(value, "int64" if integers else "float32")
     except Malformed as error:

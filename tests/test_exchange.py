@@ -162,7 +162,7 @@ def test_the_newest_examples_are_kept_and_no_others(sizes, keep):
     for part in np.split(sent, np.cumsum(sizes)[:-1]):
         examples.add(part, -part[:, None].astype("f"))
     i, h, _ = examples.draw(2000, np.random.default_rng(0))
-    assert set(i) == set(sent[-keep:])
+    assert set(i) == set(sent[-keep:]) and (i.dtype, h.dtype) == (np.int64, np.float32)
     np.testing.assert_array_equal(h[:, 0], -i)
     stored = min(keep, len(sent))
     assert examples.counters() == {"received": len(sent), "stored": stored, "drawn": 2000}
@@ -175,6 +175,7 @@ def test_what_is_drawn_tells_how_many_have_arrived_since():
     for _ in range(20):
         number, ages = examples.draw(40, rng)
         np.testing.assert_array_equal(ages, 59 - number)
+    assert examples.counters()["drawn"] == 800
 
 
 def test_replay_is_bounded_by_what_arrives_and_by_what_is_kept():
@@ -224,6 +225,8 @@ def test_an_example_is_new_once_for_each_clock_and_activation():
     assert is_new(examples, [3, 4, 1]) == [False, True, False]
     assert is_new(examples, [1, 2], clock=38) == [True] * 2, "the next epoch"
     assert is_new(examples, [1, 2], shift=0.5) == [True] * 2, "a resumed run, from other weights"
+    _, h, _, clock = columns([1, 1])
+    assert examples.is_new(np.array([8, 9]), h, clock).all(), "two that are equal"
 
 
 def test_what_is_remembered_of_old_examples_is_bounded():
@@ -231,7 +234,10 @@ def test_what_is_remembered_of_old_examples_is_bounded():
     for clock in range(150):
         assert all(is_new(examples, range(1000), clock))
         assert len(examples.seen) <= 40_000
-    assert is_new(examples, range(900, 1000), 149) == [False] * 100
+    for k in range(20):  # each of them tells the newest again, whenever old ones were forgotten
+        assert is_new(examples, range(1000), 150 + k) == [True] * 1000
+        assert is_new(examples, range(1000), 150 + k) == [False] * 1000
+        assert is_new(examples, range(1000), 140 + k) == [False] * 1000
 
 
 # ---- what arrives ----
@@ -269,7 +275,7 @@ def test_two_minibatches_may_always_wait_however_large_they_are():
     arrivals = new_arrivals(batch_size=100, backlog=40)
     for clock in range(3):
         arrivals.add(*columns(range(100), clock), nothing, nothing)
-    assert len(arrivals.waiting) == 2 and arrivals.skipped == 1
+    assert len(arrivals.waiting) == 2 and arrivals.skipped == 1 and arrivals.backlog == 200
 
 
 def test_a_message_of_several_minibatches_is_trained_on_one_by_one():
@@ -433,19 +439,24 @@ def test_waits_are_counted_and_timed(clock):
         try:
             return ask()
         except NoAnswer:
-            clock.now += 3
+            clock.now += 0.25
             oracle.learned = 8
             return ask()
-    oracle.bounded.wait = wait
+
+    def slow_answer(*minibatch):
+        clock.now += 5  # which is latency, and no wait
+        return oracle.answer(*minibatch)
+    oracle.bounded.wait, oracle.bounded.answer = wait, slow_answer
     oracle.bounded.waits, oracle.bounded.waited = 2, 10.0  # of the run that is continued
     assert oracle.answers(range(10)) == 10
-    assert (oracle.bounded.waits, oracle.bounded.waited) == (3, pytest.approx(13))
+    assert (oracle.bounded.waits, oracle.bounded.waited) == (3, pytest.approx(10 + 5 + 0.25))
     assert oracle.bounded.status()["waits"] == 3
 
 
 def test_staleness_and_latency_are_medians_and_95th_percentiles():
     bounded = BoundedStaleness(None, 20, None, None)
     bounded.recent.extend((k, (200 + k) / 1000) for k in range(101))
+    assert bounded.recent.maxlen == 1000
     assert bounded.status() == pytest.approx({
         "staleness": 50, "staleness_p95": 95, "latency_ms": 250, "latency_ms_p95": 295,
         "waits": 0, "waited": 0})

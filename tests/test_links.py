@@ -48,7 +48,7 @@ def make_upper(tmp_path, **changed):
     args = options(tmp_path, **changed)
     part = Part(make_layers(args.layers, np.random.default_rng(0)))
     upper = links.UpperEnd(args, part, np.random.default_rng(1), args.oracle_server)
-    upper.open(args.layers[-1])
+    upper.open(args.layers)
     return upper
 
 
@@ -164,10 +164,10 @@ def test_what_is_thrown_again_over_http_is_one_update_and_its_gradients_are_thro
 
 def test_nothing_is_taken_before_the_width_of_y_is_known_or_if_it_differs(tmp_path):
     upper = make_upper(tmp_path)
-    client, upper.k = client_of(upper), None
+    client, upper.network = client_of(upper), None
     assert post(client, "/training_examples", i=INDICES, h=H, y=Y, clock=CLOCK).status_code == 503
     assert client.get("/weights").status_code == 503
-    upper.open(1)
+    upper.open([3, 2, 1])
     for wrong in ({"h": H[:, :2]}, {"y": H}, {"i": INDICES - 1}, {"clock": CLOCK[:2]}):
         columns = {"i": INDICES, "h": H, "y": Y, "clock": CLOCK, **wrong}
         answer = post(client, "/training_examples", **columns)
@@ -188,7 +188,7 @@ def test_weights_are_those_of_this_part_and_of_all_above_with_the_updates_of_eac
 def test_a_batch_that_fits_into_no_message_is_refused_once_the_width_of_y_is_known(tmp_path):
     upper = make_upper(tmp_path, batch_size=200_000, layers=[3, 1])
     with pytest.raises(ValueError, match="--batch-size must be at most"):
-        upper.open(1000)
+        upper.open([3, 1000])
 
 
 def test_while_idle_the_last_updates_are_written_down_and_again_only_if_there_are_new_ones(

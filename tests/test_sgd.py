@@ -99,9 +99,10 @@ def test_backprop_matches_keras_gradients(k):
     np.testing.assert_allclose(g / len(x), dL_dx, rtol=1e-4, atol=1e-7)
 
 
-def test_the_gradient_of_a_batch_is_the_mean_of_its_examples(network):
+@pytest.mark.parametrize("size", [2, None])
+def test_the_gradient_of_a_batch_is_the_mean_of_its_examples(size, network):
     layers, x, y = network
-    singles = []
+    x, y, singles = x[:size], y[:size], []
     for k in range(len(x)):
         backprop(layers, loss_gradient(feed_forward(layers, x[k:k + 1]), y[k:k + 1]))
         singles.append([layer.dL_dw for layer in layers])
@@ -172,6 +173,7 @@ def test_deep_stacks_pass_a_signal_on():
     x = np.random.default_rng(0).uniform(-1, 1, (500, 64)).astype("f")
     layers = make_layers([64] * 8, np.random.default_rng(1), last=HIDDEN)
     assert 0.1 < feed_forward(layers, x).std(axis=0).mean() < 0.5
+    assert {array.dtype for layer in layers for array in (layer.w, layer.b)} == {np.dtype("f")}
     h = Sigmoid.activate(x)
     upper = make_layers([64, 64], np.random.default_rng(1), last=HIDDEN, input_mean=h.mean())
     assert abs(feed_forward(upper, h).mean() - 0.5) < 0.05

@@ -56,13 +56,17 @@ MINUTE = 60
 
 
 def run(folder, gradients, oracle, rates, epochs, seed, away=0, **options):
-    """away: milliseconds between the output trainer and the two others, there and back. Delayed
-    gradients are then at most 20 updates late, else 4."""
+    """epochs: None where the run ends after so many seconds. away: milliseconds between the output
+    trainer and the two others, there and back; delayed gradients are then at most 20 updates late,
+    else 4."""
     rate, momentum = rates
+    more = ["--num-epochs", epochs] if epochs else []
+    if rates == TRUE and gradients != "synthetic":
+        more += ["--warm-up", 0]
+    if gradients == "delayed":
+        more += ["--staleness", 20 if away else 4]
     run_three(folder, seed=seed, oracle=oracle, delay=away / 1000, late=away / 1000, input=[
-        "--gradients", gradients, "--learning-rate", rate, "--momentum", momentum, "--num-epochs",
-        epochs, *(["--warm-up", 0] if rates == TRUE and gradients != "synthetic" else []),
-        *(["--staleness", 20 if away else 4] if gradients == "delayed" else [])],
+        "--gradients", gradients, "--learning-rate", rate, "--momentum", momentum, *more],
         **options)
 
 
@@ -96,9 +100,11 @@ def main():
     args = parser.parse_args()
     if args.search:
         return search(args.epochs, args.seeds)
-    data, length = TARGETS[args.target](KEPT / args.target), args.seconds or args.epochs
-    unit = "s" if args.seconds else "epochs"
-    what = f"{length} {unit}" + f", {args.away} ms away" * bool(args.away)
+    data, epochs = TARGETS[args.target](KEPT / args.target), args.epochs
+    if args.seconds:
+        epochs = None
+    what = f"{epochs} epochs" if epochs else f"{args.seconds} s"
+    what += f", {args.away} ms away" * bool(args.away)
     runs, results = Runs("compare", len(args.ways) * args.seeds), {}
     for seed, name in product(range(args.seeds), args.ways):
         get = partial(runs.get, f"{args.target} {name} {what}", seed)
@@ -107,7 +113,7 @@ def main():
         else:
             gradients, oracle = WAYS[name]
             metrics = get(run, gradients, oracle,
-                          TRUE if gradients in ("true", "delayed") else GUESSES, args.epochs,
+                          TRUE if gradients in ("true", "delayed") else GUESSES, epochs,
                           away=args.away, data=data, seconds=args.seconds)
         results.setdefault(name, []).append(metrics)
     rows = []
