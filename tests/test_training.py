@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 
+from examples import in_process
 from plumbing import data
 from plumbing.runs import read_snapshot, snapshots
 from sgd import (
@@ -23,6 +24,7 @@ from sgd import (
 from sgd import test_score as score
 from synthgrad import OracleClient
 from tests.processes import Three, end, free_ports, start, wait_until
+from tests.test_in_process import Silent
 
 pytestmark = pytest.mark.processes
 RATES = ["--learning-rate", 0.5, "--momentum", 0.9, "--decay", 60]
@@ -86,27 +88,27 @@ def test_true_gradients_through_a_chain_of_three_equal_backprop_in_one_process(
     assert (tmp_path / "middle" / "checkpoint.npz").exists()
 
 
-def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data):
-    """Cut after layer 3, labels shown, an epoch each."""
-    reached, cosine = {}, {}
-    for gradients in ("synthetic", "zero"):
-        folder = tmp_path / gradients
-        folder.mkdir()
-        with Three(folder, oracle=["--layers", 64, 64, 64, "--condition-on-labels"],
-                   output=["--layers", 64, 64, 1], input=[
-                       *noisy_data, "--layers", 10, 64, 64, 64, "--learning-rate", 2, "--warm-up",
-                       100, "--gradients", gradients, "--num-epochs", 1]) as three:
-            three.start("input", "output", "oracle")  # the wrong way round
-            assert three.wait_for_input(120) == 0, three.log("input")
-            assert [end(three.processes[name]) for name in ("output", "oracle")] == [0, 0]
-        assert "waiting for the " in three.log("input")
-        assert not any("Traceback" in three.log(name) for name in three.commands)
-        reached[gradients] = three.metrics("test_mse")[-1]
-        cosine[gradients] = three.metrics("gradient_cosine")[-1]
-        first, *_, last = [read_snapshot(path)[0][0][0] for path in snapshots(three.progress)]
-        assert (first == last).all() == (gradients == "zero")
-    assert reached["synthetic"] < 0.85 * reached["zero"], reached
-    assert cosine["synthetic"] > 0.3, cosine
+def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data, monkeypatch):
+    """Cut after layer 3, labels shown, an epoch; with zero ones in this process."""
+    with Three(tmp_path, oracle=["--layers", 64, 64, 64, "--condition-on-labels"],
+               output=["--layers", 64, 64, 1], input=[
+                   *noisy_data, "--layers", 10, 64, 64, 64, "--learning-rate", 2, "--warm-up", 100,
+                   "--num-epochs", 1]) as three:
+        three.start("input", "output", "oracle")  # the wrong way round
+        assert three.wait_for_input(120) == 0, three.log("input")
+        assert [end(three.processes[name]) for name in ("output", "oracle")] == [0, 0]
+    assert "waiting for the " in three.log("input")
+    assert not any("Traceback" in three.log(name) for name in three.commands)
+    first, *_, last = [read_snapshot(path)[0][0][0] for path in snapshots(three.progress)]
+    assert (first != last).all()
+    monkeypatch.setattr(in_process.oracle, "Oracle", Silent)
+    words = [*noisy_data, "--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--gradients", "zero",
+             "--num-epochs", 1]
+    args = in_process.make_parser().parse_args(list(map(str, words)))
+    (_, zero, *_), = in_process.run(args, data.load(*noisy_data))
+    reached = three.metrics("test_mse")[-1]
+    assert reached < 0.85 * zero, (reached, zero)
+    assert three.metrics("gradient_cosine")[-1] > 0.3
 
 
 def test_delayed_gradients_come_back_without_an_oracle_and_beat_zero_ones(tmp_path, small_data):
@@ -120,25 +122,6 @@ def test_delayed_gradients_come_back_without_an_oracle_and_beat_zero_ones(tmp_pa
     assert three.metrics("test_mse")[-1] < 0.6 * three.metrics("test_mse")[0]
 
 
-def test_the_gradient_cosine_is_that_of_guess_and_truth(tmp_path, small_data):
-    with Three(tmp_path, oracle=["--condition-on-labels"],
-               input=[*small_data, "--num-epochs", 25]) as three:
-        three.start()
-        assert three.wait_for_input(60) == 0, three.log("input")
-        weights, row, _ = read_snapshot(snapshots(three.progress)[-1])
-        loaded, layers = data.load(*small_data), layers_from_weights(weights)
-        h = feed_forward(layers[:1], loaded.x_test)
-        y_hat = feed_forward(layers[1:], h)
-        g = backprop(layers[1:], loss_gradient(y_hat, loaded.y_test))
-        client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
-        guess, _ = client.estimate_gradients(h, loaded.y_test)
-    cosines = [a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
-               for a, b in zip(guess, g, strict=True)]
-    # the oracle has learned a little since
-    assert row["gradient_cosine"] == pytest.approx(np.mean(cosines), abs=0.1)
-    assert row["gradient_cosine"] > 0.25
-
-
 def test_classes_are_learned(tmp_path, small_digits):
     with Three(tmp_path, oracle=["--layers", 32, 32, "--condition-on-labels", 10],
                output=["--layers", 32, 10], input=[
@@ -149,14 +132,16 @@ def test_classes_are_learned(tmp_path, small_digits):
     assert three.metrics("test_error")[0] > 0.7 and three.metrics("test_error")[-1] < 0.3
 
 
-def test_counters_are_what_was_thrown_and_ctrl_c_writes_a_last_snapshot(tmp_path, small_data):
-    with Three(tmp_path, input=[*small_data, "--num-epochs", 10**6, "--staleness", 200]) as three:
+def test_an_interrupted_run_writes_a_last_snapshot_and_all_counters_and_its_cosine_are_true(
+        tmp_path, small_data):
+    with Three(tmp_path, oracle=["--condition-on-labels"],
+               input=[*small_data, "--num-epochs", 10**6, "--staleness", 200]) as three:
         three.start()
-        wait_until(lambda: (three.status("input") or {}).get("examples", 0) > 10_000, "training")
+        wait_until(lambda: (three.status("input") or {}).get("examples", 0) > 95_000, "training")
         assert end(three.processes["input"], signal.SIGINT) == 130, three.log("input")
         weights, row, _ = read_snapshot(snapshots(three.progress)[-1])
         thrown = 100 * row["updates"]  # each minibatch once; the last of an epoch is whole, too
-        assert row["examples"] == three.metrics("examples")[-1] == thrown > 10_000
+        assert row["examples"] == three.metrics("examples")[-1] == thrown > 95_000
 
         def received():
             output, oracle = three.status("output"), three.status("oracle")
@@ -166,9 +151,20 @@ def test_counters_are_what_was_thrown_and_ctrl_c_writes_a_last_snapshot(tmp_path
         wait_until(received, "what was thrown to arrive, and what was not skipped to be told")
         assert "interrupted; --resume continues" in three.log("input")
         assert json.loads((three.progress / "run.json").read_text())["ended"] == "stopped"
+        loaded, layers = data.load(*small_data), layers_from_weights(weights)
+        h = feed_forward(layers[:1], loaded.x_test)
+        y_hat = feed_forward(layers[1:], h)
+        g = backprop(layers[1:], loss_gradient(y_hat, loaded.y_test))
+        client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
+        guess, _ = client.estimate_gradients(h, loaded.y_test)
         assert end(three.processes["output"], signal.SIGINT) == 130
         assert end(three.processes["oracle"]) == 0
     assert not any("Traceback" in three.log(name) for name in three.commands)
+    cosines = [a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+               for a, b in zip(guess, g, strict=True)]
+    # the oracle has learned a little since
+    assert row["gradient_cosine"] == pytest.approx(np.mean(cosines), abs=0.1)
+    assert row["gradient_cosine"] > 0.25
 
 
 @pytest.mark.parametrize("who", ["output", "oracle"])

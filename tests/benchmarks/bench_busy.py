@@ -43,12 +43,16 @@ def describe(group):
 
 
 def main():
-    seeds = make_parser(__doc__).parse_args().seeds
-    runs, metrics = Runs("bench-busy", seeds * len(CASES)), {name: [] for name in CASES}
-    for seed in range(seeds):
-        for name, case in CASES.items():
-            metrics[name].append(runs.get(name, seed, learn, *case))
-    rows, (first, *others) = [], CASES
+    parser = make_parser(__doc__)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES,
+                        help="the first is what the others are compared with (all)")
+    args = parser.parse_args()
+    runs = Runs("bench-busy", args.seeds * len(args.cases))
+    metrics = {name: [] for name in args.cases}
+    for seed in range(args.seeds):
+        for name in args.cases:
+            metrics[name].append(runs.get(name, seed, learn, *CASES[name]))
+    rows, (first, *others) = [], args.cases
     idle = list(map(final, metrics[first]))
     for name in others:
         value, pairs = ratio(list(map(final, metrics[name])), idle)
