@@ -92,7 +92,7 @@ def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data, monkeypatch):
     """Cut after layer 3, labels shown, an epoch; with zero ones in this process."""
     with Three(tmp_path, oracle=["--layers", 64, 64, 64, "--condition-on-labels"],
                output=["--layers", 64, 64, 1], input=[
-                   *noisy_data, "--layers", 10, 64, 64, 64, "--learning-rate", 2, "--warm-up", 100,
+                   *noisy_data, "--layers", 10, 64, 64, 64, "--learning-rate", 2, "--warm-up", 300,
                    "--num-epochs", 1]) as three:
         three.start("input", "output", "oracle")  # the wrong way round
         assert three.wait_for_input(120) == 0, three.log("input")
