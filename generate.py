@@ -44,6 +44,8 @@ def digits(path):
         try:
             with np.load(path, allow_pickle=False) as file:
                 x, y, x_test, y_test = (file[name] for name in names)
+        except OSError:
+            raise
         except Exception as error:  # a damaged header raises whatever Python's tokenizer raises
             raise ValueError(f"{path}: expected an .npz file of {', '.join(names)} "
                              f"({error})") from None
@@ -82,7 +84,8 @@ def draw_digits(figure, x, y):
 def main():
     parser = options.make_parser(__doc__, seed=0)
     add = parser.add_argument
-    add("--num-examples", type=options.number(int, 1), default=200_000, help="(%(default)s)")
+    add("--num-examples", type=options.number(int, 1), default=200_000,
+        help="how many points to draw (%(default)s)")
     add("--digits", nargs="?", const="", metavar="FILE.npz",
         help="MNIST instead: downloaded, or from a file")
     add("--dir", type=Path, default=Path("."), help="where to write (the current folder)")

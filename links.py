@@ -19,6 +19,7 @@ from plumbing.posting import Outbox, Poster
 from plumbing.wire import NoAnswer, Refused, encode, rows_per_message
 from synthgrad import Examples, OracleClient, PartClient, Question, encode_weights
 
+
 class LowerEnd:
     """The lower end of a link: what a part needs of the part and the oracle above it.
 

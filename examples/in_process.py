@@ -130,8 +130,9 @@ def make_parser():
     add("--gradients", choices=train_input.GRADIENTS, default="synthetic", help="(%(default)s)")
     add("--delay", type=int, default=6, help="updates until a true gradient arrives (%(default)s)")
     add("--replay", type=float, default=theirs["replay"], help="of the highest part (%(default)s)")
-    add("--output-rate", type=float, default=theirs["learning_rate"], help="its (%(default)s)")
-    add("--output-momentum", type=float, default=theirs["momentum"], help="its (%(default)s)")
+    add("--output-rate", type=float, default=theirs["learning_rate"],
+        help="learning rate of the highest part (%(default)s)")
+    add("--output-momentum", type=float, default=theirs["momentum"], help="(%(default)s)")
     add("--oracle-layers", type=int, nargs="*", default=oracle.DEFAULTS["layers"][1:-1],
         help="hidden layers of the oracles; none makes them linear (%(default)s)")
     add("--oracle-replay", type=float, default=oracle.DEFAULTS["replay"], help="(%(default)s)")

@@ -7,6 +7,7 @@ ones, found on a seed that is not reported and in half the updates. examples/in_
 everything else still: the same options give the same numbers, on a busy machine, too.
 bench_staleness.py is the same by processes. Writes benchmarks/bench-delay.md and .png.
 """
+import functools
 import itertools
 import json
 
@@ -29,12 +30,11 @@ from tests.benchmarks.measure import (
 
 DELAYS = 6, 20, 50, 100, 200
 DEEP = ["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--replay", 4, "--warm-up", 300]
-PROBLEMS = {  # name: options, epochs of 1,900 updates
-    "default": ([], 6), "deep": (DEEP, 4), "deep, smooth": (DEEP, 4)}
-ORACLES = {  # depth: hidden layers of a capable and of a small oracle
-    "default": ([64, 64], [12]), "deep": ([64], [])}
-RATES = {"default": ((0.4, 0.9), (1.0, 0.0), (3.0, 0.0), (6.0, 0.0)),
-         "deep": ((0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0))}
+DEEP_RATES = (0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0)
+PROBLEMS = {  # name: options, epochs of 1,900 updates, hidden layers of a capable and of a small
+    # oracle, rates and momenta
+    "default": ([], 6, ([64, 64], [12]), ((0.4, 0.9), (1.0, 0.0), (3.0, 0.0), (6.0, 0.0))),
+    "deep": (DEEP, 4, ([64], []), DEEP_RATES), "deep, smooth": (DEEP, 4, ([64], []), DEEP_RATES)}
 WAYS = {  # name: --gradients, which oracle, whether it sees y
     "true gradients, delayed": ("delayed", 0, False),
     "guesses with labels": ("synthetic", 0, True),
@@ -42,6 +42,7 @@ WAYS = {  # name: --gradients, which oracle, whether it sees y
     "guesses": ("synthetic", 0, False)}
 
 
+@functools.cache
 def data_of(problem):
     """Paths of its x.npy and y.npy."""
     if problem == "default":
@@ -58,11 +59,11 @@ def learn(problem, way, delay, rates, seed, epochs):
         ",", "")
     if kept.exists():
         return json.loads(kept.read_text())
-    (options, _), paths, depth = PROBLEMS[problem], data_of(problem), problem.split(",")[0]
+    (options, _, oracles, _), paths = PROBLEMS[problem], data_of(problem)
     kind, oracle, labels = WAYS[way]
     words = [*paths, *options, "--gradients", kind, "--delay", delay, "--seed", seed,
              "--learning-rate", rates[0], "--momentum", rates[1], "--num-epochs", epochs,
-             "--oracle-replay", 4, "--oracle-layers", *ORACLES[depth][oracle],
+             "--oracle-replay", 4, "--oracle-layers", *oracles[oracle],
              *["--condition-on-labels"] * labels]
     args = in_process.make_parser().parse_args(list(map(str, words)))
     with np.errstate(all="ignore"):
@@ -113,9 +114,9 @@ def main():
     cases, results = list(itertools.product(args.problems, args.ways, args.delays)), {}
     for problem, way, delay in (bar := tqdm(cases, unit="case")):
         bar.set_postfix_str(f"{problem}, {way}, {delay}")
-        epochs = PROBLEMS[problem][1]
+        _, epochs, _, grid = PROBLEMS[problem]
         found = {rates: learn(problem, way, delay, rates, SEARCH_SEED, epochs // 2)
-                 for rates in RATES[problem.split(",")[0]]}
+                 for rates in grid}
         best = min(found, key=found.get)
         results[problem, way, delay] = best, [
             learn(problem, way, delay, best, seed, epochs) for seed in range(args.seeds)]
