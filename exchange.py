@@ -4,6 +4,7 @@
     Replay            above, oracle  the newest examples, and how often each may be trained on
     BoundedStaleness  below          asks for a gradient, and waits while the answer is too old
     Delayed           below          true gradients of earlier minibatches, instead of guesses
+    centered          below          guesses and late gradients without their mean
     gradient_source   below          chooses where a gradient comes from
 
 "below" and "above" are the parts of the network below and above a cut. None of these classes knows
@@ -206,12 +207,23 @@ class BoundedStaleness:
                 "waits": self.waits, "waited": self.waited}
 
 
+def centered(g):
+    """g (batch, width) without its mean over the minibatch, unless that is one example.
+
+    With z = h w + b above the cut, the mean of g is w (dL/db): what the bias above descends along.
+    It changes sign within a few updates. Late or guessed, it pushes all activations to one side,
+    until sigmoids saturate.
+    """
+    return g - g.mean(axis=0) if len(g) > 1 else g
+
+
 class Delayed:
     """True gradients of earlier minibatches: the competitor of guesses (Huo et al. 2018).
 
     When a gradient comes back, the layers get back the x and h of the minibatch that it belongs to,
     so that backprop applies it there. If several have come back, the oldest is next. Until one has,
-    the gradient is zero. What comes back more than `bound` updates late is dropped.
+    the gradient is zero. What comes back more than `bound` updates late is dropped. Gradients are
+    centered, as guesses are: without that, late ones teach a deep lower part nothing.
     """
 
     def __init__(self, layers, bound):
@@ -238,7 +250,7 @@ class Delayed:
                 for layer, (x, activations) in zip(self.layers, remembered, strict=True):
                     layer.x, layer.h = x, activations
                 g = np.zeros_like(layer.h)
-                g[rows] = its_g[theirs] * due[rows, None]
+                g[rows] = centered(its_g[theirs]) * due[rows, None]
                 due[rows], self.learned = False, max(int(then), self.learned or 0)
                 return g, self.learned
         return np.zeros_like(h), self.learned
@@ -246,6 +258,7 @@ class Delayed:
 
 def gradient_source(kind, guess, truth, rng):
     """gradient(i, h, y, clock) -> g (batch, width), from where --gradients says."""
-    return {"synthetic": guess, "delayed": guess, "true": truth,
+    return {"synthetic": lambda *minibatch: centered(guess(*minibatch)),
+            "delayed": guess, "true": truth,
             "zero": lambda *minibatch: 0 * guess(*minibatch),
-            "shuffled": lambda *minibatch: rng.permutation(guess(*minibatch))}[kind]
+            "shuffled": lambda *minibatch: rng.permutation(centered(guess(*minibatch)))}[kind]

@@ -134,7 +134,8 @@ def test_with_delayed_gradients_and_no_delay_layer_1_takes_each_step_one_update_
     step = np.zeros_like(layer.w), np.zeros_like(layer.b)
     for clock, i in enumerate(minibatches(len(loaded.x), 100, 2, seed=0)):
         y_hat = feed_forward(expected, loaded.x[i])
-        backprop(expected, loss_gradient(y_hat, loaded.y[i]))
+        g = backprop(expected[1:], loss_gradient(y_hat, loaded.y[i]))
+        backprop(expected[:1], g - g.mean(axis=0))
         fresh = layer.dL_dw, layer.dL_db
         layer.dL_dw, layer.dL_db = step
         descend(expected[:1], below(clock), 0.9)
@@ -237,6 +238,14 @@ def test_guesses_beat_zero_gradients_where_the_lower_part_must_learn(deep_data, 
     reached = {gradients: scores(deep_data, *options, "--gradients", gradients)[-1]
                for gradients in ("synthetic", "zero")}
     assert reached["synthetic"] < 0.93 * reached["zero"], reached  # shuffled ones reach 0.99
+
+
+def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_learn(
+        noisy_data, silent):
+    """What guesses do better by processes, see test_training.py."""
+    problem = data.load(*noisy_data)
+    reached = scores(problem, "--layers", 10, 8, 64, 1, "--gradients", "zero", "--num-epochs", 2)
+    assert min(reached) > 0.95 * problem.constant_guess
 
 
 # ---- in which order things happen ----

@@ -389,11 +389,15 @@ def test_each_source_of_gradients_is_what_it_says():
     source = {kind: train_input.gradient_source(kind, guess, lambda *_: -g,
                                                 np.random.default_rng(0))("i", "h", "y", 3)
               for kind in train_input.GRADIENTS}
-    assert source["synthetic"] is g and source["delayed"] is g and (source["true"] == -g).all()
+    assert source["delayed"] is g and (source["true"] == -g).all()
+    assert (source["synthetic"] == g - 49 - np.array([0, 1])).all(), "without its mean"
+    alone = train_input.gradient_source("synthetic", lambda h: h, None, None)(g[:1])
+    assert (alone == g[:1]).all(), "one example is its own mean"
     assert not source["zero"].any() and source["zero"].shape == g.shape
     shuffled = source["shuffled"]
-    assert (shuffled != g).any() and (np.sort(shuffled, axis=0) == g).all()
-    assert (shuffled[:, 1] == shuffled[:, 0] + 1).all(), "rows are permuted, each stays whole"
+    assert (shuffled != source["synthetic"]).any()
+    assert (np.sort(shuffled, axis=0) == source["synthetic"]).all()
+    assert (shuffled[:, 1] == shuffled[:, 0]).all(), "rows are permuted, each stays whole"
     assert asked == [("i", "h", "y", 3)] * 4, "all but the true one pace layer 1 alike"
 
 
@@ -410,7 +414,7 @@ def make_delayed(clocks, bound=20):
 def message(*clocks):
     i = np.concatenate([[10 * clock, 10 * clock + 1] for clock in clocks])
     clock = np.repeat(clocks, 2)
-    g = np.repeat(clock[:, None], 3, axis=1).astype("f")
+    g = 7 + np.outer(clock * np.tile([1, -1], len(clocks)), [1, 1, 1]).astype("f")
     return i, None, None, clock, g
 
 
@@ -421,7 +425,8 @@ def test_a_delayed_gradient_is_applied_to_its_own_minibatch_the_oldest_first():
     for clock, expected in ((5, 1), (6, 2), (7, 3)):
         h = layer.feed_forward(np.full((2, 2), clock, "f"))
         g, learned = delayed.answer(np.array([50, 51]), h, None, clock)
-        assert learned == expected and (g == expected).all() and (layer.x == expected).all()
+        assert learned == expected and (layer.x == expected).all()
+        assert g.tolist() == [[expected] * 3, [-expected] * 3], "without the mean, which is 7"
     g, learned = delayed.answer(np.array([80, 81]), h, None, 8)
     assert not g.any() and learned == 3
 
@@ -441,7 +446,7 @@ def test_a_delayed_gradient_that_comes_twice_in_part_is_applied_once_in_each_row
         delayed.add(*come)
         g, learned = delayed.answer(np.array([50, 51]), layer.h, None, 5)
         applied.append(g[:, 0].tolist())
-    assert applied == [[4, 0], [0, 4], [0, 0], [0, 0]] and learned == 4
+    assert applied == [[4, 0], [0, -4], [0, 0], [0, 0]] and learned == 4
 
 
 @pytest.mark.parametrize("late", [message(0), message(9), (np.array([77]), None, None,

@@ -2,21 +2,35 @@
 
 When is a guess better than a true gradient that is `delay` updates old? On the default problem, cut
 after layer 1, and on two whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are
-noise: the default target, and a smoother one. Each way has its best rate at each delay, of the same
-ones, found on a seed that is not reported and in half the updates. examples/in_process.py holds
-everything else still: the same options give the same numbers, on a busy machine, too.
-bench_staleness.py is the same by processes. Writes benchmarks/bench-delay.md and .png.
+noise: the default target, and the waves of measure.py. Each way has its best rate at each delay, of
+the same ones, found on a seed that is not reported and in half the updates. "mean kept" is without
+exchange.centered(). examples/in_process.py holds everything else still: the same options give the
+same numbers, on a busy machine, too. bench_staleness.py is the same by processes.
+
+A second table says why the mean goes: how much the true gradient at the cut is like itself some
+updates later, its mean over the minibatch and the rest. Writes benchmarks/bench-delay.md and .png.
 """
 import functools
 import itertools
 import json
+from unittest import mock
 
 import numpy as np
 from tqdm import tqdm
 
+import exchange
 from examples import in_process
 from plot import STYLES, png
 from plumbing import data
+from sgd import (
+    backprop,
+    descend,
+    feed_forward,
+    loss_gradient,
+    make_layers,
+    minibatches,
+    schedule,
+)
 from tests.benchmarks.measure import (
     DATA,
     KEPT,
@@ -24,22 +38,26 @@ from tests.benchmarks.measure import (
     cell,
     make_parser,
     noisy_data,
-    other_target,
     table,
+    waves_target,
 )
+from train_input import mean_cosine
 
 DELAYS = 6, 20, 50, 100, 200
+PERSISTENCE = 1, 3, 6, 20, 50
 DEEP = ["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--replay", 4, "--warm-up", 300]
 DEEP_RATES = (0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0)
 PROBLEMS = {  # name: options, epochs of 1,900 updates, hidden layers of a capable and of a small
     # oracle, rates and momenta
     "default": ([], 6, ([64, 64], [12]), ((0.4, 0.9), (1.0, 0.0), (3.0, 0.0), (6.0, 0.0))),
-    "deep": (DEEP, 4, ([64], []), DEEP_RATES), "deep, smooth": (DEEP, 4, ([64], []), DEEP_RATES)}
-WAYS = {  # name: --gradients, which oracle, whether it sees y
-    "true gradients, delayed": ("delayed", 0, False),
-    "guesses with labels": ("synthetic", 0, True),
-    "guesses with labels, small oracle": ("synthetic", 1, True),
-    "guesses": ("synthetic", 0, False)}
+    "deep": (DEEP, 4, ([64], []), DEEP_RATES), "deep, waves": (DEEP, 4, ([64], []), DEEP_RATES)}
+WAYS = {  # name: --gradients, which oracle, whether it sees y, whether the mean is kept
+    "true gradients, delayed": ("delayed", 0, False, False),
+    "guesses with labels": ("synthetic", 0, True, False),
+    "guesses with labels, small oracle": ("synthetic", 1, True, False),
+    "guesses": ("synthetic", 0, False, False),
+    "true gradients, delayed, mean kept": ("delayed", 0, False, True),
+    "guesses with labels, mean kept": ("synthetic", 0, True, True)}
 
 
 @functools.cache
@@ -49,7 +67,7 @@ def data_of(problem):
         return DATA
     if problem == "deep":
         return noisy_data(KEPT / "noisy")
-    return noisy_data(KEPT / "smooth" / "noisy", paths=other_target(KEPT / "smooth"))
+    return noisy_data(KEPT / "waves" / "noisy", paths=waves_target(KEPT / "waves"))
 
 
 def learn(problem, way, delay, rates, seed, epochs):
@@ -60,13 +78,14 @@ def learn(problem, way, delay, rates, seed, epochs):
     if kept.exists():
         return json.loads(kept.read_text())
     (options, _, oracles, _), paths = PROBLEMS[problem], data_of(problem)
-    kind, oracle, labels = WAYS[way]
+    kind, oracle, labels, mean_kept = WAYS[way]
     words = [*paths, *options, "--gradients", kind, "--delay", delay, "--seed", seed,
              "--learning-rate", rates[0], "--momentum", rates[1], "--num-epochs", epochs,
              "--oracle-replay", 4, "--oracle-layers", *oracles[oracle],
              *["--condition-on-labels"] * labels]
     args = in_process.make_parser().parse_args(list(map(str, words)))
-    with np.errstate(all="ignore"):
+    centered = (lambda g: g) if mean_kept else exchange.centered
+    with np.errstate(all="ignore"), mock.patch("exchange.centered", centered):
         try:
             scores = [score for _, score, *_ in in_process.run(args, data.load(*paths))]
         except FloatingPointError:
@@ -76,6 +95,27 @@ def learn(problem, way, delay, rates, seed, epochs):
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(reached))
     return reached
+
+
+def persistence(problem, delays):
+    """The cosine of the true gradient at the cut, at held-out examples, with itself some updates
+    later: for its mean over them, and for the rest. Plain SGD, from update 400 to 2,400."""
+    loaded, options = data.load(*data_of(problem)), PROBLEMS[problem][0]
+    args = in_process.make_parser().parse_args(["", "", *map(str, options)])
+    layers = make_layers(args.layers, np.random.default_rng(SEARCH_SEED))
+    below, above = layers[:args.cuts[0]], layers[args.cuts[0]:]
+    x, y, seen = loaded.x_test[:5000], loaded.y_test[:5000], []
+    order = minibatches(len(loaded.x), args.batch_size, 2, SEARCH_SEED)
+    for clock, i in enumerate(itertools.islice(order, 2400)):
+        g = backprop(above, loss_gradient(feed_forward(layers, x), y))
+        if clock >= 400:
+            seen.append((g.mean(axis=0), exchange.centered(g)[:200].ravel()))
+        backprop(layers, loss_gradient(feed_forward(layers, loaded.x[i]), loaded.y[i]))
+        descend(below, schedule(1.0, args.decay, args.warm_up)(clock), 0.0)
+        descend(above, args.output_rate, args.output_momentum)
+    means, rests = map(np.array, zip(*seen, strict=True))
+    for what, all_g in (("mean", means), ("the rest", rests)):
+        yield problem, what, *(f"{mean_cosine(all_g[:-k], all_g[k:]):.2f}" for k in delays)
 
 
 def draw(figure, results, problems):
@@ -125,6 +165,9 @@ def main():
     table("bench-delay", ("network", "gradients", *late), [
         (problem, way, *(shown[problem, way, delay] for delay in args.delays))
         for problem in args.problems for way in args.ways])
+    table("bench-delay-persistence", ("network", "true gradient", *(
+        f"{k} updates later" for k in PERSISTENCE)), [
+        row for problem in args.problems for row in persistence(problem, PERSISTENCE)])
     (KEPT / "bench-delay.png").write_bytes(png(
         draw, results, args.problems, size=(5 * max(2, len(args.problems)), 4.8), dpi=110))
 
