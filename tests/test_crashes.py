@@ -1,5 +1,7 @@
 """kill -9 of anything at any time: the same command with --resume is enough, and nobody else has
 to be restarted."""
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -11,40 +13,38 @@ pytestmark = pytest.mark.processes
 UPDATES = 20 * 38  # of 20 epochs of 3,800 examples
 
 
-@pytest.mark.parametrize("victim", ["oracle", "output", "input"])
-def test_a_restart_at_any_stage_ends_in_a_finished_run(victim, tmp_path, small_data):
+def test_a_restart_at_any_stage_ends_in_a_finished_run(tmp_path, small_data):
+    """Each of the three is killed as soon as it answers, in the middle, and near the end."""
     three = Three(tmp_path, output=["--resume", "--checkpoint-seconds", 0.5], input=[
         *small_data, "--num-epochs", 20, "--resume", "--staleness", 300, "--learning-rate", 0.3,
         "--snapshot-seconds", 1])
     three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
 
-    def restart():
-        three.kill(victim)
-        three.start(victim)
-
-    def waits():
-        return three.log("input").count("waiting for the ")
-    with three:
-        three.start(victim)  # killed as soon as it is there, before the others are started
-        wait_until(lambda: three.status(victim), f"the {victim} process to answer")
-        three.start(*(name for name in three.commands if name != victim))
-        restart()
-        wait_until(lambda: three.updates() > 100, "training")
-        before, three.to_output.cut = waits(), True
-        wait_until(lambda: waits() > before, "layer 1 to wait")
-        restart()
+    def restart(*victims):
+        """While layer 1 cannot reach the output trainer, and waits for it or for the oracle."""
+        before, three.to_output.cut = three.log("input").count("waiting for the "), True
+        wait_until(lambda: three.log("input").count("waiting for the ") > before, "it to wait")
+        for victim in victims:
+            three.kill(victim)
+            three.start(victim)
         three.to_output.cut = False
+    with three:
+        three.start()
+        for name in three.commands:
+            wait_until(partial(three.status, name), f"the {name} process to answer")
+            three.kill(name)
+            three.start(name)
+        for victim in three.commands:
+            reached = three.updates()
+            wait_until(lambda: three.updates() > reached + 50, "training")  # noqa: B023
+            restart(victim)
         wait_until(lambda: UPDATES > three.updates() > UPDATES - 250, "the run to come near its "
                    "end", timeout=120, pause=0.01)
-        before, three.to_output.cut = waits(), True  # no last snapshot, nor the one before
-        wait_until(lambda: waits() > before, "it to wait for weights or for the oracle")
-        restart()
-        three.to_output.cut = False
+        restart(*three.commands)  # no last snapshot, nor the one before
         assert three.wait_for_input(60) == 0, three.log("input")
     assert not any("Traceback" in three.log(name) for name in three.commands)
     assert three.metrics("updates")[-1] == UPDATES
     assert np.isfinite(three.metrics("test_mse")).all()
-    assert (np.diff(three.metrics("examples")) >= 0).all() or victim == "input"
 
 
 def test_the_output_trainer_continues_from_its_own_checkpoint(tmp_path, small_data):

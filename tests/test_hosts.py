@@ -51,16 +51,15 @@ def hosts(request, tmp_path):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.parametrize("hosts, epochs, seconds", [((0.02, 0.01), 3, 4)],
-                         ids=["20 ms and 1% loss"], indirect=["hosts"])
-def test_three_hosts_train_one_network(hosts, epochs, seconds, tmp_path, small_data):
+@pytest.mark.parametrize("hosts", [(0.02, 0.01)], ids=["20 ms and 1% loss"], indirect=True)
+def test_three_hosts_train_one_network(hosts, tmp_path, small_data):
     (tmp_path / "token").write_text("s3cret\n")
     oracle, output = (["--oracle-server", f"{ADDRESSES['oracle']}:5001"],
                       ["--output-server", f"{ADDRESSES['output']}:5002"])
     commands = {
         "oracle": ["oracle.py"],
         "output": ["train_output.py", *oracle, "--progress-dir", tmp_path / "output_progress"],
-        "input": ["train_input.py", *small_data, *oracle, *output, "--num-epochs", epochs,
+        "input": ["train_input.py", *small_data, *oracle, *output, "--num-epochs", 1,
                   "--progress-dir", tmp_path / "progress"]}
     processes = {}
     try:
@@ -74,5 +73,5 @@ def test_three_hosts_train_one_network(hosts, epochs, seconds, tmp_path, small_d
         codes = [end(process, signal.SIGTERM) for process in processes.values()]
     assert codes == [0, 0, 0]
     _, row, _ = read_snapshot(snapshots(tmp_path / "progress")[-1])
-    assert row["examples"] == epochs * 3800
-    assert row["seconds"] > seconds  # 3 epochs are 114 questions, whose answers are 40 ms away
+    assert row["examples"] == 3800
+    assert row["seconds"] > 1.5  # 38 questions, whose answers are 40 ms away

@@ -385,20 +385,20 @@ def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong
         fits = "return document.documentElement.scrollWidth <= window.innerWidth"
         assert browser.execute_script(fits)
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-        for who, name in (("oracle", "oracle"), ("output", "output trainer")):
-            three.kill(who)
-            wait_until(lambda name=name: f"Nothing is trained. Unreachable, and waited for: {name}"
-                       in text(), f"the page to say that the {name} is gone")
-            three.start(who)
-            wait_until(lambda: "waited for" not in text(), f"the page to see the {name} again")
+        for act, who, names in ((three.kill, "oracle", "oracle"),
+                                (three.kill, "output", "output trainer, oracle"),
+                                (three.start, "output", "oracle")):
+            act(who)
+            wait_until(lambda names=names: f"Nothing is trained. Unreachable, and waited for: "
+                       f"{names}\n" in text(), f"the page to say that {names} do not answer")
         three.kill("input")
         wait_until(lambda: "does not answer" in text(), "the page to say that the input is gone")
 
 
 @pytest.mark.processes
 def test_the_live_page_says_that_training_is_finished(browser, page, tmp_path, small_data):
-    with Three(tmp_path, input=[*small_data, "--num-epochs", 5]) as three:
-        three.start()
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 5, "--gradients", "true"]) as three:
+        three.start("output", "input")
         browser.get(page(three))
         assert three.wait_for_input(120) == 0
         wait_until(lambda: "training is finished" in browser.find_element("id", "state").text,

@@ -86,27 +86,18 @@ def test_true_gradients_through_a_chain_of_three_equal_backprop_in_one_process(
     assert (tmp_path / "middle" / "checkpoint.npz").exists()
 
 
-def test_synthetic_gradients_beat_zero_ones(tmp_path, noisy_data):
-    """Cut after layer 3, labels shown, an epoch each."""
-    reached, cosine = {}, {}
-    for gradients in ("synthetic", "zero"):
-        folder = tmp_path / gradients
-        folder.mkdir()
-        with Three(folder, oracle=["--layers", 64, 64, 64, "--condition-on-labels"],
-                   output=["--layers", 64, 64, 1], input=[
-                       *noisy_data, "--layers", 10, 64, 64, 64, "--learning-rate", 2, "--warm-up",
-                       300, "--gradients", gradients, "--num-epochs", 1]) as three:
-            three.start("input", "output", "oracle")  # the wrong way round
-            assert three.wait_for_input(120) == 0, three.log("input")
-            assert [end(three.processes[name]) for name in ("output", "oracle")] == [0, 0]
-        assert "waiting for the " in three.log("input")
-        assert not any("Traceback" in three.log(name) for name in three.commands)
-        reached[gradients] = three.metrics("test_mse")[-1]
-        cosine[gradients] = three.metrics("gradient_cosine")[-1]
-        first, *_, last = [read_snapshot(path)[0][0][0] for path in snapshots(three.progress)]
-        assert (first == last).all() == (gradients == "zero")
-    assert reached["synthetic"] < 0.85 * reached["zero"], reached
-    assert cosine["synthetic"] > 0.3, cosine
+def test_guesses_teach_layer_1_where_it_must_learn(tmp_path, noisy_data):
+    """With labels. Zero gradients stay at a constant guess here, see test_in_process.py."""
+    with Three(tmp_path, oracle=["--layers", 8, 32, 8, "--condition-on-labels"],
+               output=["--layers", 8, 64, 1], input=[
+                   *noisy_data, "--layers", 10, 8, "--warm-up", 100, "--num-epochs", 2]) as three:
+        three.start("input", "output", "oracle")  # the wrong way round
+        assert three.wait_for_input(120) == 0, three.log("input")
+        assert [end(three.processes[name]) for name in ("output", "oracle")] == [0, 0]
+    assert "waiting for the " in three.log("input")
+    assert not any("Traceback" in three.log(name) for name in three.commands)
+    reached, cosine = three.metrics("test_mse")[-1], three.metrics("gradient_cosine")[-1]
+    assert reached < 0.8 * data.load(*noisy_data).constant_guess and cosine > 0.3, cosine
 
 
 def test_delayed_gradients_come_back_without_an_oracle_and_beat_zero_ones(tmp_path, small_data):
@@ -124,7 +115,7 @@ def test_classes_are_learned(tmp_path, small_digits):
     with Three(tmp_path, oracle=["--layers", 32, 32, "--condition-on-labels", 10],
                output=["--layers", 32, 10], input=[
                    *small_digits, "--layers", 784, 32, "--learning-rate", 0.1, "--momentum", 0.9,
-                   "--num-epochs", 20]) as three:
+                   "--num-epochs", 12]) as three:
         three.start()
         assert three.wait_for_input(60) == 0, three.log("input")
     assert three.metrics("test_error")[0] > 0.7 and three.metrics("test_error")[-1] < 0.3
@@ -135,11 +126,11 @@ def test_an_interrupted_run_writes_a_last_snapshot_and_all_counters_and_its_cosi
     with Three(tmp_path, oracle=["--condition-on-labels"],
                input=[*small_data, "--num-epochs", 10**6, "--staleness", 200]) as three:
         three.start()
-        wait_until(lambda: (three.status("input") or {}).get("examples", 0) > 95_000, "training")
+        wait_until(lambda: (three.status("input") or {}).get("examples", 0) > 40_000, "training")
         assert end(three.processes["input"], signal.SIGINT) == 130, three.log("input")
         weights, row, _ = read_snapshot(snapshots(three.progress)[-1])
         thrown = 100 * row["updates"]  # each minibatch once; the last of an epoch is whole, too
-        assert row["examples"] == three.metrics("examples")[-1] == thrown > 95_000
+        assert row["examples"] == three.metrics("examples")[-1] == thrown > 40_000
 
         def received():
             output, oracle = three.status("output"), three.status("oracle")
