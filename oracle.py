@@ -10,6 +10,7 @@ minimising the mean of (ĝ − g)² (paper, eq. 5). train_input.py asks it for �
 waits for the answer.
 """
 import math
+import sys
 
 from plumbing import options, say, serving  # first, see there
 import flask
@@ -188,6 +189,7 @@ def main(args, stop):
         return {"accepted": len(h)}
 
     serving.serve(app, listener, args)
+    sys.modules["matplotlib"] = None  # else Keras imports it, which takes a second
     rng = np.random.default_rng([args.seed, 3])
     oracle = Oracle([width + labels, *args.layers[1:]], args.learning_rate, args.batch_size,
                     seed=int(rng.integers(2**31)))
