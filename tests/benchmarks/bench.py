@@ -13,6 +13,7 @@ import numpy as np
 import requests
 
 from plumbing import data
+from plumbing.experiments import FAST
 from sgd import make_layers, minibatches, train
 from tests.benchmarks.measure import (
     DATA,
@@ -119,7 +120,7 @@ def ready_seconds():
         return time.monotonic() - began
 
 
-TRUE = ["--gradients", "true", "--learning-rate", 0.4, "--momentum", 0.9, "--warm-up", 0]
+TRUE = ["--gradients", "true", *FAST]
 
 
 def main():
@@ -139,7 +140,7 @@ def main():
     for seed in range(args.seeds):
         plain.append(runs.get("sgd.py", seed, run_sgd, "--num-epochs", 20))
         batched.append(runs.get("mini-batch", seed, run_sgd, "--num-epochs", 20, "--batch-size",
-                                100, "--momentum", 0.9, "--learning-rate", 0.2, "--decay", 1))
+                                100, "--momentum", 0.9, "--learning-rate", 0.8, "--decay", 1))
         ours.append(runs.get("synthetic", seed, run_three, SECONDS, watch=watch))
         zero.append(runs.get("zero", seed, run_three, SECONDS, input=["--gradients", "zero"]))
     for seed in range(args.spread):
