@@ -74,6 +74,17 @@ def wait_until(condition, what, timeout=DEADLINE, pause=0.05):
     return result
 
 
+def still(read):
+    """Wait until four readings, half a second apart, are equal; returns the reading."""
+    seen = []
+
+    def settled():
+        seen.append(read())
+        return len(seen) > 3 and all(each == seen[-1] for each in seen[-4:])
+    wait_until(settled, "it to stand still", pause=0.5)
+    return seen[-1]
+
+
 class Proxy:
     """A port that passes everything on to another one. It can hold back every answer for a while,
     or lose what comes."""

@@ -4,21 +4,10 @@ import numpy as np
 import pytest
 
 from synthgrad import OracleClient, PartClient
-from tests.processes import Three, wait_until
+from tests.processes import Three, still, wait_until
 
 pytestmark = pytest.mark.processes
 STALENESS = 7
-
-
-def still(read):
-    """Wait until four readings, half a second apart, are equal; returns the reading."""
-    seen = []
-
-    def settled():
-        seen.append(read())
-        return len(seen) > 3 and all(each == seen[-1] for each in seen[-4:])
-    wait_until(settled, "it to stand still", pause=0.5)
-    return seen[-1]
 
 
 def test_layer_1_stops_at_exactly_the_bound_and_goes_on_when_news_comes(tmp_path, small_data):
@@ -95,30 +84,3 @@ def test_without_news_both_learners_stop_after_their_replay_and_still_answer(
     for examples, batch, replay in ((at_output, 100, 8), (at_oracle, 1000, 4)):
         allowed = replay * examples["received"]
         assert allowed - batch < examples["drawn"] <= allowed
-
-
-def test_learned_never_runs_ahead_of_what_the_answering_model_has_seen(tmp_path):
-    with Three(tmp_path) as three:
-        three.start("oracle").wait_until_ready("oracle")
-        client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
-        needs, rng = three.status("oracle")["needs"], np.random.default_rng(0)
-
-        def provide(rows, clock):
-            h = rng.random((rows, 24), "f")
-            client.provide_gradients(np.arange(rows), h, h[:, :1], np.full(rows, clock), h - 0.5)
-
-        def ask():
-            return client.estimate_gradients(np.ones((1, 24), "f"), np.ones((1, 1), "f"))
-        provide(needs - 1, clock=1000)  # too little to train on
-        guess, learned = ask()
-        assert learned is None and not guess.any()
-        provide(1, clock=5)
-        wait_until(lambda: ask()[1] is not None, "it to learn")
-        still(lambda: three.status("oracle")["updates"])
-        guess, learned = ask()
-        assert learned in (5, 1000) and guess.any()
-        provide(needs - 1, clock=5000)  # received, and too little to train on
-        assert three.status("oracle")["examples"]["received"] == 2 * needs - 1
-        assert all(ask()[1] == learned for _ in range(20))
-        provide(1, clock=6000)
-        wait_until(lambda: ask()[1] in (5000, 6000), "it to learn from the news")

@@ -48,9 +48,10 @@ def test_a_restart_at_any_stage_ends_in_a_finished_run(tmp_path, small_data):
 
 
 def test_the_output_trainer_continues_from_its_own_checkpoint(tmp_path, small_data):
-    with Three(tmp_path, output=["--checkpoint-seconds", 0.2],
-               input=[*small_data, "--num-epochs", 10**6]) as three:
-        three.start()
+    with Three(tmp_path, output=["--checkpoint-seconds", 0.2], input=[
+            *small_data, "--num-epochs", 10**6, "--gradients", "delayed"]) as three:
+        three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.port('input')}"]
+        three.start("output", "input")
         wait_until(lambda: three.updates("output") > 500, "some training")
         three.kill("input")
         kept, layers = {}, make_layers([24, 12, 1], np.random.default_rng(0))

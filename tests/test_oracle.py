@@ -1,8 +1,4 @@
 """The oracle: what it answers, what it learns, what it needs of Keras, and its endpoints."""
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -10,7 +6,7 @@ import oracle
 from oracle import STEPS, Oracle
 from plumbing.wire import Refused
 from synthgrad import OracleClient
-from tests.processes import ROOT, Three
+from tests.processes import Three, still, wait_until
 
 pytestmark = pytest.mark.tensorflow
 BATCH = 10
@@ -168,44 +164,54 @@ def test_labels_are_seen_beside_h_and_must_have_the_stated_width():
 
 
 @pytest.mark.processes
-def test_it_starts_whatever_keras_is_set_to(tmp_path):
-    """By the environment, and by ~/.keras/keras.json."""
+def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path, monkeypatch):
+    """Whatever Keras is set to, by the environment and by ~/.keras/keras.json. `learned` never runs
+    ahead of what the answering model has seen."""
     (tmp_path / "keras.json").write_text(
         '{"backend": "torch", "floatx": "float64", "image_data_format": "channels_first"}')
-    code = """if True:
-        import oracle, numpy as np
-        model = oracle.Oracle([6, 6], 0.01, 10, seed=0)
-        ones, ages = np.ones((100, 6), "f"), np.arange(100)
-        model.train(ones, ones, ages, ages)
-        assert model.guess(np.ones((1, 6), "f"))[0].dtype == np.float32"""
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "KERAS_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          env=environment)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.processes
-def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     rng = np.random.default_rng(0)
     field = rng.normal(size=(6, 6))
 
     def sample(n):
         h, y = rng.random((n, 6), "f"), rng.normal(size=(n, 2)).astype("f")
         return h, y, ((h - 0.5) @ field * 1e-3 + 2e-3 * y[:, :1]).astype("f")
+
+    def provide(n, clock):
+        h, y, g = sample(n)
+        client.provide_gradients(np.arange(n), h, y, np.full(n, clock), g)
+
+    def learned():
+        return client.estimate_gradients(h_test, y_test)[1]
     with Three(tmp_path, oracle=["--layers", 6, 12, 6, "--condition-on-labels", 2]) as three:
         three.start("oracle").wait_until_ready("oracle")
         client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
         h_test, y_test, g_test = sample(500)
-        guess, learned = client.estimate_gradients(h_test, y_test)
-        assert not guess.any() and learned is None
+        guess, clock = client.estimate_gradients(h_test, y_test)
+        assert not guess.any() and clock is None
         with pytest.raises(Refused, match="--condition-on-labels 2, but y has a width of 1"):
             client.estimate_gradients(h_test, y_test[:, :1])
+        needs = three.status("oracle")["needs"]
+        provide(needs - 1, clock=1000)  # too little to train on
+        guess, clock = client.estimate_gradients(h_test, y_test)
+        assert clock is None and not guess.any()
+        provide(1, clock=5)
+        wait_until(lambda: learned() is not None, "it to learn")
+        still(lambda: three.status("oracle")["updates"])
+        before = learned()
+        assert before in (5, 1000)
+        provide(needs - 1, clock=5000)  # received, and too little to train on
+        assert three.status("oracle")["examples"]["received"] == 2 * needs - 1
+        assert all(learned() == before for _ in range(20))
+        provide(1, clock=6000)
+        wait_until(lambda: learned() in (5000, 6000), "it to learn from the news")
         error = np.inf
-        for clock in range(2000):
+        for clock in range(7000, 9000):
             h, y, g = sample(1000)
             client.provide_gradients(np.arange(1000), h, y, np.full(1000, clock), g)
-            guess, learned = client.estimate_gradients(h_test, y_test)
-            assert learned is None or learned <= clock
+            guess, newest = client.estimate_gradients(h_test, y_test)
+            assert newest <= clock
             error = np.mean((guess - g_test) ** 2) / np.mean(g_test**2)
             if error < 0.02 and three.status("oracle")["loss"] < 0.05:
                 break

@@ -389,8 +389,8 @@ def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong
                                 (three.kill, "output", "output trainer, oracle"),
                                 (three.start, "output", "oracle")):
             act(who)
-            wait_until(lambda names=names: f"Nothing is trained. Unreachable, and waited for: "
-                       f"{names}\n" in text(), f"the page to say that {names} do not answer")
+            said = f"Nothing is trained. Unreachable, and waited for: {names}, process at"
+            wait_until(lambda said=said: said in text(), f"the page to say: {said}")
         three.kill("input")
         wait_until(lambda: "does not answer" in text(), "the page to say that the input is gone")
 
