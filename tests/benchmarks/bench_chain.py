@@ -120,15 +120,17 @@ def cosines(kept, problem, way, rates, loaded, paths, epochs):
 
 
 def describe_parts(metrics):
-    """Updates a second of each part, minibatches that each skipped, and the lowest link's
-    staleness."""
-    trainers = [status for name, status in reversed(metrics["status"].items())
-                if status and not name.startswith("oracle")]
-    above = [status for status in trainers if "skipped" in status]
+    """Updates a second of each part, minibatches that each skipped, the memory that each part above
+    the lowest and each oracle adds, the lowest link's staleness, and seconds."""
+    above = [status for status in reversed(metrics["status"].values())
+             if "skipped" in (status or {})]
+    oracles = [status for name, status in metrics["status"].items() if name.startswith("oracle")]
     rates = [metrics["updates"][-1], *(status["updates"] for status in above)]
     stale = metrics["staleness"][1:]
     return (", ".join(f"{updates / metrics['seconds'][-1]:.0f}" for updates in rates),
             ", ".join(str(status["skipped"]) for status in above),
+            *(", ".join(str(status.get("megabytes", "–")) for status in each) or "–"
+              for each in (above, oracles)),
             f"{np.nanmedian(stale):.0f}" if np.isfinite(stale).any() else "–",
             f"{metrics['seconds'][-1]:.0f}")
 
@@ -181,6 +183,7 @@ def main():
         rows.append(row)
     table("bench-chain-parts", (
         "network", "gradients", "updates/s of each part, the lowest first", "minibatches skipped",
+        "MB that each part above the lowest adds", "MB that each oracle adds",
         "staleness of the lowest link", "seconds", "cosine of each link's guess with backprop's",
         "with what its oracle learns from"), rows)
 

@@ -164,7 +164,7 @@ def follow(group, seconds=None, watch=None, timeout=3600):
     ends before.
 
     watch(group) is called every half second while it trains. Writes ready.txt, seconds until
-    training began, and status.json, what every process says of itself at the end.
+    training began, and status.json, what every process that still runs says of itself at the end.
     """
     def state():
         return group.status("input") or {}
@@ -189,7 +189,8 @@ def follow(group, seconds=None, watch=None, timeout=3600):
     (group.folder / "ready.txt").write_text(f"{time.monotonic() - began:.1f}")
     wait_until(over, f"the run in {group.folder} to end", timeout, pause=0.5)
     (group.folder / "status.json").write_text(json.dumps(
-        {name: group.status(name) for name in group.processes}))
+        {name: {**group.status(name), "megabytes": added_megabytes(process)}
+         for name, process in group.processes.items() if process.poll() is None}))
     assert end(group.processes["input"]) == 0, group.log("input")
 
 
@@ -327,6 +328,11 @@ def ratio(mine, theirs, form=".4f"):
     """The median of the pairs' ratios, and the pairs."""
     return (f"{np.median(np.divide(mine, theirs)):.2f}",
             ", ".join(f"{a:{form}}/{b:{form}}" for a, b in zip(mine, theirs, strict=True)))
+
+
+def added_megabytes(process):
+    """What a process adds to the memory in use: without what it shares with others, as libraries."""
+    return round(psutil.Process(process.pid).memory_full_info().uss / 1e6)
 
 
 def resident_megabytes(three):
