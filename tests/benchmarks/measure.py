@@ -331,7 +331,7 @@ def ratio(mine, theirs, form=".4f"):
 
 
 def added_megabytes(process):
-    """What a process adds to the memory in use: without what it shares with others, as libraries."""
+    """What a process adds to the memory in use: without libraries that it shares."""
     return round(psutil.Process(process.pid).memory_full_info().uss / 1e6)
 
 
