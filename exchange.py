@@ -7,8 +7,8 @@
     centered          below          guesses and late gradients without their mean
     gradient_source   below          chooses where a gradient comes from
 
-"below" and "above" are the parts of the network below and above a cut. None of these classes knows
-how a message travels: examples/in_process.py connects them by plain function calls, the trainers by
+"below" and "above" are the parts of the network below and above a cut. None of these knows how
+a message travels: examples/in_process.py connects them by plain function calls, the trainers by
 HTTP. The columns of a minibatch are i, h, y and clock, see synthgrad.py.
 """
 import collections
@@ -208,11 +208,11 @@ class BoundedStaleness:
 
 
 def centered(g):
-    """g (batch, width) without its mean over the minibatch, unless that is one example.
+    """g (batch, width) minus its mean over the minibatch. A minibatch of one example stays as it is.
 
-    With z = h w + b above the cut, the mean of g is w (dL/db): what the bias above descends along.
-    It changes sign within a few updates. Late or guessed, it pushes all activations to one side,
-    until sigmoids saturate.
+    Above the cut z = h w + b, so the mean of g is w (dL/db), and b itself descends along dL/db. A
+    few updates later this mean is unrelated to its old value. A late or guessed mean pushes all
+    activations to one side, until sigmoids saturate.
     """
     return g - g.mean(axis=0) if len(g) > 1 else g
 
@@ -223,7 +223,7 @@ class Delayed:
     When a gradient comes back, the layers get back the x and h of the minibatch that it belongs to,
     so that backprop applies it there. If several have come back, the oldest is next. Until one has,
     the gradient is zero. What comes back more than `bound` updates late is dropped. Gradients are
-    centered, as guesses are: without that, late ones teach a deep lower part nothing.
+    centered, as guesses are. With their mean, late ones teach a deep lower part much less.
     """
 
     def __init__(self, layers, bound):
@@ -257,7 +257,8 @@ class Delayed:
 
 
 def gradient_source(kind, guess, truth, rng):
-    """gradient(i, h, y, clock) -> g (batch, width), from where --gradients says."""
+    """gradient(i, h, y, clock) -> g (batch, width), from where --gradients says. Guesses are
+    centered."""
     return {"synthetic": lambda *minibatch: centered(guess(*minibatch)),
             "delayed": guess, "true": truth,
             "zero": lambda *minibatch: 0 * guess(*minibatch),

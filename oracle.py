@@ -189,7 +189,7 @@ def main(args, stop):
         return {"accepted": len(h)}
 
     serving.serve(app, listener, args)
-    sys.modules["matplotlib"] = None  # else Keras imports it, which takes a second
+    sys.modules["matplotlib"] = None  # so that Keras does not import it, which takes a second
     rng = np.random.default_rng([args.seed, 3])
     oracle = Oracle([width + labels, *args.layers[1:]], args.learning_rate, args.batch_size,
                     seed=int(rng.integers(2**31)))

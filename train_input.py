@@ -38,7 +38,7 @@ def train(layers, x, y, order, learning_rate, momentum, throw, gradient, clock=0
     for clock, i in enumerate(order, clock):  # noqa: B020
         h = feed_forward(layers, x[i])
         throw(i, h, y[i], clock)                    # to the part above, fire-and-forget
-        g = gradient(i, h, y[i], clock)             # the oracle's guess ĝ, not the true gradient
+        g = gradient(i, h, y[i], clock)             # the oracle's guess ĝ, centered
         backprop(layers, g)
         descend(layers, learning_rate(clock), momentum)
         yield len(i)

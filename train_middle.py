@@ -8,7 +8,6 @@ it throws its own activations, and asks the upper link's oracle for a guess. So 
 lower oracle is not the true gradient but comes from a guess, too: bootstrapped, as in the paper's
 networks with a synthetic gradient at every layer (section 2.1).
 """
-
 from plumbing import options, runs, say, serving  # first, see there
 import numpy as np
 
@@ -31,7 +30,7 @@ def train(part, minibatches, learning_rate, momentum, throw, gradient):
         h = feed_forward(part.layers, h)
         if tell:                                    # replayed activations are not thrown upwards
             throw(i, h, y, clock)
-        g = gradient(i, h, y, clock)                # the upper oracle's guess
+        g = gradient(i, h, y, clock)                # the upper oracle's guess, centered
         g = backprop(part.layers, g)
         part.descend(learning_rate(clock), momentum)
         if tell:

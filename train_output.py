@@ -8,7 +8,6 @@ gradients g = dL/dh that its backprop gives there go to oracle.py, fire-and-forg
 train_input.py --gradients delayed they go back to the input trainer: --oracle-server
 127.0.0.1:5003.
 """
-
 from plumbing import options, runs, say, serving  # first, see there
 import numpy as np
 

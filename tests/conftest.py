@@ -16,8 +16,7 @@ tqdm.set_lock(threading.RLock())
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A worker of pytest-xdist runs all that starts TensorFlow in the tests' own process, and all
-    that asks the same servers."""
+    """One worker of pytest-xdist gets all tests marked tensorflow, one all that use `servers`."""
     for item in items:
         group = "servers" if "servers" in item.fixturenames else "tensorflow"
         if group == "servers" or item.get_closest_marker("tensorflow"):
@@ -39,8 +38,7 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def noisy_data(tmp_path_factory):
-    """Ten times as many, with eight columns of noise beside the two that count: layer 1 must
-    learn."""
+    """Paths of 40,000 examples. Eight of ten columns are noise, so layer 1 must learn."""
     x, y = sample(40_000, seed=0)
     noise = np.random.default_rng(0).uniform(-1, 1, (len(x), 8)).astype("f")
     return save(tmp_path_factory.mktemp("noisy"), np.column_stack([x, noise]), y)

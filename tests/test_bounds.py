@@ -11,10 +11,10 @@ STALENESS = 7
 
 
 def test_layer_1_stops_at_exactly_the_bound_and_goes_on_when_news_comes(tmp_path, small_data):
-    """Whether gradients are lost on their way to the oracle or activations on theirs. Meanwhile
-    layer 1 throws the same minibatches again and again; each example counts once."""
+    """Gradients are lost on their way to the oracle, then activations on their way to the output
+    trainer. Layer 1 throws the same minibatches again and again; each example counts once."""
     three = Three(tmp_path, output=["--replay", 0], input=[
-        *small_data, "--num-epochs", 10**6, "--staleness", STALENESS])
+        *small_data, "--num-epochs", 10**6, "--staleness", STALENESS, "--snapshot-seconds", 10**6])
     three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.to_oracle.port}"]
     three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
     waiting = "--staleness is 7"
@@ -44,8 +44,7 @@ def test_layer_1_stops_at_exactly_the_bound_and_goes_on_when_news_comes(tmp_path
             wait_until(lambda learned=learned: three.updates() > learned + 100,
                        "layer 1 to go on")
         status = three.status("input")
-    assert status["staleness_p95"] <= STALENESS and status["waits"] >= 1 and status["waited"] > 1
-    assert status["examples_sent"]["thrown"] > 100 * status["updates"]
+    assert status["staleness_p95"] <= STALENESS and status["waits"] >= 3 and status["waited"] > 1
 
 
 def test_with_minibatches_of_one_a_loss_of_all_in_flight_is_made_good_soon(tmp_path, small_data):

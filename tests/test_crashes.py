@@ -10,13 +10,13 @@ from sgd import make_layers
 from tests.processes import Three, end, start, wait_until
 
 pytestmark = pytest.mark.processes
-UPDATES = 20 * 38  # of 20 epochs of 3,800 examples
+UPDATES = 30 * 38  # of 30 epochs of 3,800 examples
 
 
 def test_a_restart_at_any_stage_ends_in_a_finished_run(tmp_path, small_data):
     """Each of the three is killed as soon as it answers, in the middle, and near the end."""
     three = Three(tmp_path, output=["--resume", "--checkpoint-seconds", 0.5], input=[
-        *small_data, "--num-epochs", 20, "--resume", "--staleness", 300, "--learning-rate", 0.3,
+        *small_data, "--num-epochs", 30, "--resume", "--staleness", 50, "--learning-rate", 0.3,
         "--snapshot-seconds", 1])
     three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
 

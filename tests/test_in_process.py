@@ -242,7 +242,7 @@ def test_guesses_beat_zero_gradients_where_the_lower_part_must_learn(deep_data, 
 
 def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_learn(
         noisy_data, silent):
-    """What guesses do better by processes, see test_training.py."""
+    """test_training.py shows that guesses do better."""
     problem = data.load(*noisy_data)
     reached = scores(problem, "--layers", 10, 8, 64, 1, "--gradients", "zero", "--num-epochs", 2)
     assert min(reached) > 0.95 * problem.constant_guess

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples import in_process
+from exchange import centered
 from plumbing import data
 from sgd import backprop, feed_forward, loss_gradient
 from tests.benchmarks.measure import (
@@ -113,7 +114,7 @@ def cosines(kept, problem, way, rates, loaded, paths, epochs):
     for layer, above, link in zip(layers[-2::-1], layers[:0:-1], links[::-1], strict=True):
         guess, _ = link.ask(None, above.x, y, None)
         found.insert(0, [mean_cosine(full, guess), mean_cosine(learned, guess)])
-        full, learned = layer.backprop(full), layer.backprop(guess)
+        full, learned = layer.backprop(full), layer.backprop(centered(guess))
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found))
     return found

@@ -7,8 +7,9 @@ the same ones, found on a seed that is not reported and in half the updates. "me
 exchange.centered(). examples/in_process.py holds everything else still: the same options give the
 same numbers, on a busy machine, too. bench_staleness.py is the same by processes.
 
-A second table says why the mean goes: how much the true gradient at the cut is like itself some
-updates later, its mean over the minibatch and the rest. Writes benchmarks/bench-delay.md and .png.
+A second table shows why the mean is removed: the cosine of the true gradient at the cut with itself
+some updates later, for its mean over held-out examples and for the rest. Writes bench-delay.md, .png
+and bench-delay-persistence.md into benchmarks/.
 """
 import functools
 import itertools
@@ -137,7 +138,7 @@ def draw(figure, results, problems):
                  yscale="log", xticks=delays, xticklabels=delays, title={
                      "default": "one layer below the cut: 2-24 | 24-12-1",
                      "deep": "three layers below the cut: 10-64-64-64 | 64-64-1",
-                     "deep, smooth": "three layers below the cut, a smoother target"}[problem])
+                     "deep, waves": "three layers below the cut, waves"}[problem])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}",
                        minor_formatter="")

@@ -189,7 +189,7 @@ def follow(group, seconds=None, watch=None, timeout=3600):
     (group.folder / "ready.txt").write_text(f"{time.monotonic() - began:.1f}")
     wait_until(over, f"the run in {group.folder} to end", timeout, pause=0.5)
     (group.folder / "status.json").write_text(json.dumps(
-        {name: {**group.status(name), "megabytes": added_megabytes(process)}
+        {name: {**(group.status(name) or {}), "megabytes": added_megabytes(process)}
          for name, process in group.processes.items() if process.poll() is None}))
     assert end(group.processes["input"]) == 0, group.log("input")
 
@@ -331,7 +331,7 @@ def ratio(mine, theirs, form=".4f"):
 
 
 def added_megabytes(process):
-    """What a process adds to the memory in use: without libraries that it shares."""
+    """Megabytes that only this process uses, without shared libraries."""
     return round(psutil.Process(process.pid).memory_full_info().uss / 1e6)
 
 
