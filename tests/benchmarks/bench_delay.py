@@ -7,9 +7,9 @@ the same ones, found on a seed that is not reported and in half the updates. "me
 exchange.centered(). examples/in_process.py holds everything else still: the same options give the
 same numbers, on a busy machine, too. bench_staleness.py is the same by processes.
 
-A second table shows why the mean is removed: the cosine of the true gradient at the cut with itself
-some updates later, for its mean over held-out examples and for the rest. Writes bench-delay.md, .png
-and bench-delay-persistence.md into benchmarks/.
+A second table shows why the mean is removed: the cosine of the true gradient at the cut with
+itself some updates later, for its mean over held-out examples and for the rest. Writes
+bench-delay.md, .png and bench-delay-persistence.md into benchmarks/.
 """
 import functools
 import itertools
