@@ -208,7 +208,7 @@ class BoundedStaleness:
 
 
 def centered(g):
-    """g (batch, width) minus its mean over the minibatch. One of one example stays as it is.
+    """g (batch, width) minus its mean over the minibatch, unless that is a single example.
 
     Above the cut z = h w + b, so the mean of g is w (dL/db), and b itself descends along dL/db. A
     few updates later this mean is unrelated to its old value. A late or guessed mean pushes all
