@@ -122,6 +122,7 @@ def persistence(problem, delays):
 def draw(figure, results, problems):
     """The final MSE against the delay, median and range, for each problem and way."""
     from matplotlib.ticker import LogLocator, NullFormatter
+    named = {}  # label: line
     for axes, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems,
                              strict=True):
         for (color, style), way in zip(STYLES, WAYS, strict=False):
@@ -143,7 +144,8 @@ def draw(figure, results, problems):
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}",
                        minor_formatter="")
         axes.grid(True, alpha=0.25)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        named.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2)
 
 
 def main():
