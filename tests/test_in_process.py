@@ -164,7 +164,7 @@ def test_delayed_gradients_are_applied_once_each_in_their_order_delay_updates_la
 @pytest.mark.tensorflow
 def test_an_untrained_oracle_equals_zero_gradients_bit_for_bit(loaded):
     """The real oracle, whose first true gradient would arrive after the last update."""
-    late = ["--delay", 10_000, "--num-epochs", 1]
+    late = ["--delay", 10_000, "--num-epochs", 1, "--oracle-layers", 8]
     synthetic, zero = (trained(loaded, "--gradients", gradients, *late)
                        for gradients in ("synthetic", "zero"))
     assert same(synthetic, zero)
@@ -181,7 +181,7 @@ def test_the_same_options_give_the_same_bits_and_another_seed_does_not(gradients
 
 @pytest.mark.tensorflow
 def test_the_same_options_give_the_same_bits_with_the_real_oracle(loaded):
-    options = ["--num-epochs", 1, "--condition-on-labels"]
+    options = ["--num-epochs", 1, "--condition-on-labels", "--oracle-layers", 8]
     assert same(trained(loaded, *options), trained(loaded, *options))
 
 
