@@ -30,10 +30,10 @@ lint: $(VENV)/tests-ready
 	$(BIN)/ruff check .
 
 test: $(VENV)/tests-ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 test-fast: $(VENV)/tests-ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not processes" tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not processes" tests
 
 mutants: $(VENV)/tests-ready
 	$(BIN)/python -m tests.mutants $(ARGS)

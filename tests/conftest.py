@@ -14,15 +14,6 @@ from tests.processes import Three
 tqdm.set_lock(threading.RLock())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """One worker of pytest-xdist gets all tests marked tensorflow, one all that use `servers`."""
-    for item in items:
-        group = "servers" if "servers" in item.fixturenames else "tensorflow"
-        if group == "servers" or item.get_closest_marker("tensorflow"):
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 def save(folder, x, y):
     """Write x.npy and y.npy; returns their paths."""
     np.save(folder / "x.npy", x)
