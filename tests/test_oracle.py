@@ -178,9 +178,9 @@ def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path, m
         h, y = rng.random((n, 6), "f"), rng.normal(size=(n, 2)).astype("f")
         return h, y, ((h - 0.5) @ field * 1e-3 + 2e-3 * y[:, :1]).astype("f")
 
-    def provide(n, clock):
-        h, y, g = sample(n)
-        client.provide_gradients(np.arange(n), h, y, np.full(n, clock), g)
+    def provide(examples, clock):
+        h, y, g = examples
+        client.provide_gradients(np.arange(len(h)), h, y, np.full(len(h), clock), g)
 
     def learned():
         return client.estimate_gradients(h_test, y_test)[1]
@@ -193,23 +193,23 @@ def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path, m
         with pytest.raises(Refused, match="--condition-on-labels 2, but y has a width of 1"):
             client.estimate_gradients(h_test, y_test[:, :1])
         needs = three.status("oracle")["needs"]
-        provide(needs - 1, clock=1000)  # too little to train on
+        provide(sample(needs - 1), clock=1000)  # too little to train on
         guess, clock = client.estimate_gradients(h_test, y_test)
         assert clock is None and not guess.any()
-        provide(1, clock=5)
+        provide(sample(1), clock=5)
         wait_until(lambda: learned() is not None, "it to learn")
         still(lambda: three.status("oracle")["updates"])
         before = learned()
         assert before in (5, 1000)
-        provide(needs - 1, clock=5000)  # received, and too little to train on
+        provide(sample(needs - 1), clock=5000)  # received, and too little to train on
         assert three.status("oracle")["examples"]["received"] == 2 * needs - 1
         assert all(learned() == before for _ in range(20))
-        provide(1, clock=6000)
+        provide(sample(1), clock=6000)
         wait_until(lambda: learned() in (5000, 6000), "it to learn from the news")
         error = np.inf
         for clock in range(7000, 9000):
-            h, y, g = sample(1000)
-            client.provide_gradients(np.arange(1000), h, y, np.full(1000, clock), g)
+            newest_examples = sample(1000)
+            provide(newest_examples, clock)
             guess, newest = client.estimate_gradients(h_test, y_test)
             assert newest <= clock
             error = np.mean((guess - g_test) ** 2) / np.mean(g_test**2)
@@ -218,7 +218,7 @@ def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path, m
         assert error < 0.02
         before = three.status("oracle")["examples"]["received"]
         for _ in range(5):  # thrown again: it counts once
-            client.provide_gradients(np.arange(1000), h, y, np.full(1000, clock), g)
+            provide(newest_examples, clock)
         assert three.status("oracle")["examples"]["received"] == before
 
 

@@ -15,6 +15,7 @@ import requests
 from plumbing import data
 from plumbing.experiments import FAST
 from sgd import make_layers, minibatches, train
+from tests.benchmarks.compare import SINGLE
 from tests.benchmarks.measure import (
     DATA,
     TARGETS,
@@ -120,7 +121,7 @@ def ready_seconds():
         return time.monotonic() - began
 
 
-TRUE = ["--gradients", "true", *FAST]
+TRUE, BATCHED = ["--gradients", "true", *FAST], SINGLE["mini-batch SGD, one process"]
 
 
 def main():
@@ -139,8 +140,7 @@ def main():
 
     for seed in range(args.seeds):
         plain.append(runs.get("sgd.py", seed, run_sgd, "--num-epochs", 20))
-        batched.append(runs.get("mini-batch", seed, run_sgd, "--num-epochs", 20, "--batch-size",
-                                100, "--momentum", 0.9, "--learning-rate", 0.8, "--decay", 1))
+        batched.append(runs.get("mini-batch", seed, run_sgd, "--num-epochs", 20, *BATCHED))
         ours.append(runs.get("synthetic", seed, run_three, SECONDS, watch=watch))
         zero.append(runs.get("zero", seed, run_three, SECONDS, input=["--gradients", "zero"]))
     for seed in range(args.spread):

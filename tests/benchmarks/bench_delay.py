@@ -1,4 +1,4 @@
-"""`make bench-delay`: guesses against true gradients that come late, in one process. An hour.
+"""`make bench-delay`: guesses against true gradients that come late, in one process. Hours.
 
 When is a guess better than a true gradient that is `delay` updates old? On the default problem, cut
 after layer 1, and on two whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are
