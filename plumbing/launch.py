@@ -21,10 +21,9 @@ from plumbing import options, say
 
 STOP_SECONDS = 30  # for the last snapshot, and for the others to stop, before they are killed
 if hasattr(subprocess, "CREATE_NEW_PROCESS_GROUP"):  # Windows has neither sessions nor SIGINT
-    APART = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    INTERRUPT = TERMINATE = signal.CTRL_BREAK_EVENT
-else:
-    APART, INTERRUPT, TERMINATE = {"start_new_session": True}, signal.SIGINT, signal.SIGTERM
+    APART, STOP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}, signal.CTRL_BREAK_EVENT
+else:  # SIGTERM, since Python can lose a SIGINT that comes while it imports modules
+    APART, STOP = {"start_new_session": True}, signal.SIGTERM
 
 
 def widths(text):
@@ -147,14 +146,16 @@ def run(commands, signals):
     started, ended = {}, []
     try:
         for name, words in commands.items():
-            started[name] = subprocess.Popen([sys.executable, *words], **APART)
+            if not signals:
+                started[name] = subprocess.Popen([sys.executable, *words], **APART)
         needed = [name for name in started if name != "page"]
         while not signals and not ended:
             time.sleep(0.1)
             ended = [name for name in needed if started[name].poll() is not None]
         if not ended:
-            started["input"].send_signal(INTERRUPT)
-            wait([started["input"]], lambda: len(signals) > 1)
+            if "input" in started:
+                started["input"].send_signal(STOP)
+                wait([started["input"]], lambda: len(signals) > 1)
             return 130
         code = started[ended[-1]].returncode
         if ended[-1] == "input":
@@ -164,7 +165,7 @@ def run(commands, signals):
         return 2
     finally:
         for process in started.values():
-            process.send_signal(TERMINATE)
+            process.send_signal(STOP)
         wait(started.values())
         for process in started.values():
             process.kill()

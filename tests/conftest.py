@@ -7,11 +7,17 @@ import pytest
 from tqdm import tqdm
 
 from generate import sample
+from plumbing import data
 from tests.processes import Three
 
 
 # tqdm's own lock is shared with forked processes; one that mutmut kills may hold it for ever
 tqdm.set_lock(threading.RLock())
+
+
+def pytest_collection_modifyitems(items):
+    """What needs TensorFlow comes first, so that only one worker of pytest-xdist imports it."""
+    items.sort(key=lambda item: not item.get_closest_marker("tensorflow"))
 
 
 def save(folder, x, y):
@@ -25,6 +31,11 @@ def save(folder, x, y):
 def small_data(tmp_path_factory):
     """Paths of x.npy and y.npy with 4,000 examples, of which 200 are held out."""
     return save(tmp_path_factory.mktemp("small"), *sample(4000, seed=0))
+
+
+@pytest.fixture
+def loaded(small_data):
+    return data.load(*small_data)
 
 
 @pytest.fixture(scope="session")

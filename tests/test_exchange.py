@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import exchange
 from exchange import Arrivals, BoundedStaleness, Part, Replay
+from plumbing import posting
 from plumbing.posting import Outbox, Poster
 from plumbing.wire import MAX_BODY, NoAnswer, encode, rows_per_message
 from sgd import make_layers
@@ -55,7 +56,8 @@ def test_throwing_never_waits_and_the_oldest_are_dropped():
 
 
 @pytest.mark.parametrize("error", [NoAnswer("dead"), MemoryError(), FloatingPointError("diverged")])
-def test_a_server_that_fails_is_survived_counted_and_said_once(error, capsys):
+def test_a_server_that_fails_is_survived_counted_and_said_once(error, capsys, monkeypatch):
+    monkeypatch.setattr(posting, "TRY_AGAIN", 0.05)
     gate, outbox = Gate(error), Outbox(max_rows=100, per_message=1000)
     gate.open.set()
     poster = Poster(outbox, gate.post, "the gate")

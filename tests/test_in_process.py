@@ -22,11 +22,6 @@ from sgd import (
 )
 
 
-@pytest.fixture
-def loaded(small_data):
-    return data.load(*small_data)
-
-
 class Silent:
     """An oracle that learns nothing, and needs no TensorFlow."""
 
@@ -161,28 +156,11 @@ def test_delayed_gradients_are_applied_once_each_in_their_order_delay_updates_la
         assert any_gradient == (clock >= delay)
 
 
-@pytest.mark.tensorflow
-def test_an_untrained_oracle_equals_zero_gradients_bit_for_bit(loaded):
-    """The real oracle, whose first true gradient would arrive after the last update."""
-    late = ["--delay", 10_000, "--num-epochs", 1, "--oracle-layers", 8]
-    synthetic, zero = (trained(loaded, "--gradients", gradients, *late)
-                       for gradients in ("synthetic", "zero"))
-    assert same(synthetic, zero)
-    start = make_layers([2, 24, 12, 1], np.random.default_rng([0, 1]))
-    assert same(synthetic[:1], start[:1]) and differ(synthetic[1:], start[1:])
-
-
 @pytest.mark.parametrize("gradients", in_process.train_input.GRADIENTS)
 def test_the_same_options_give_the_same_bits_and_another_seed_does_not(gradients, loaded, linear):
     options = ["--gradients", gradients, "--num-epochs", 1]
     assert same(trained(loaded, *options), trained(loaded, *options))
     assert differ(trained(loaded, *options), trained(loaded, *options, "--seed", 1))
-
-
-@pytest.mark.tensorflow
-def test_the_same_options_give_the_same_bits_with_the_real_oracle(loaded):
-    options = ["--num-epochs", 1, "--condition-on-labels", "--oracle-layers", 8]
-    assert same(trained(loaded, *options), trained(loaded, *options))
 
 
 def test_nothing_that_the_oracle_does_changes_a_trainers_weights(loaded, linear, silent):
@@ -192,17 +170,6 @@ def test_nothing_that_the_oracle_does_changes_a_trainers_weights(loaded, linear,
         oracle.Oracle = kind  # the fixtures put the real one back
         reached.append(trained(loaded, "--gradients", "zero", "--num-epochs", 2))
     assert same(*reached)
-
-
-@pytest.mark.tensorflow
-def test_the_oracle_writes_to_no_array_that_it_is_given(loaded):
-    model, rng = oracle.Oracle([6, 4, 6], 0.01, 10, seed=0), np.random.default_rng(0)
-    h, g = rng.random((100, 6), "f"), rng.normal(size=(100, 6)).astype("f")
-    clock = np.arange(100)
-    for each in (h, g, clock):
-        each.flags.writeable = False
-    model.train(h, g, clock, clock[::-1])
-    model.guess(h)
 
 
 def test_zero_leaves_the_lowest_part_as_drawn_and_shuffled_permutes_the_guesses(loaded, linear):
@@ -244,7 +211,7 @@ def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_le
         noisy_data, silent):
     """test_training.py shows that guesses do better."""
     problem = data.load(*noisy_data)
-    reached = scores(problem, "--layers", 10, 8, 64, 1, "--gradients", "zero", "--num-epochs", 2)
+    reached = scores(problem, "--layers", 10, 8, 64, 1, "--gradients", "zero", "--num-epochs", 1)
     assert min(reached) > 0.95 * problem.constant_guess
 
 

@@ -1,16 +1,28 @@
 """The oracle: what it answers, what it learns, what it needs of Keras, and its endpoints."""
+from functools import partial
+
 import numpy as np
 import pytest
 
 import oracle
 from oracle import STEPS, Oracle
 from plumbing.wire import Refused
+from sgd import backprop, feed_forward, loss, loss_gradient, make_layers
 from synthgrad import OracleClient
-from tests.processes import Three, still, wait_until
+from tests.processes import Three, start, still, wait_until
+from tests.test_in_process import differ, same, trained
 
 pytestmark = pytest.mark.tensorflow
 BATCH = 10
 N = BATCH * STEPS
+
+
+@pytest.fixture(autouse=True)
+def ready_sooner(request, monkeypatch):
+    """Only the tests of XLA wait for it to compile. Without it the oracle learns the same."""
+    if "xla" not in request.node.name:
+        without = partial(oracle.compiled_training, xla=False)
+        monkeypatch.setattr(oracle, "compiled_training", without)
 
 
 def examples(rng, width=6, n=N):
@@ -163,6 +175,65 @@ def test_labels_are_seen_beside_h_and_must_have_the_stated_width():
         oracle.model_input(h, y, 1)
 
 
+# ---- in one process: the runs of test_in_process.py with the real oracle ----
+
+def test_an_untrained_oracle_equals_zero_gradients_bit_for_bit(loaded):
+    """The first true gradient would arrive after the last update."""
+    late = ["--delay", 10_000, "--num-epochs", 1, "--oracle-layers", 8]
+    synthetic, zero = (trained(loaded, "--gradients", gradients, *late)
+                       for gradients in ("synthetic", "zero"))
+    assert same(synthetic, zero)
+    start = make_layers([2, 24, 12, 1], np.random.default_rng([0, 1]))
+    assert same(synthetic[:1], start[:1]) and differ(synthetic[1:], start[1:])
+
+
+def test_the_same_options_give_the_same_bits_with_the_real_oracle(loaded):
+    options = ["--num-epochs", 1, "--condition-on-labels", "--oracle-layers", 8]
+    assert same(trained(loaded, *options), trained(loaded, *options))
+
+
+def test_the_oracle_writes_to_no_array_that_it_is_given():
+    model, rng = Oracle([6, 4, 6], 0.01, 10, seed=0), np.random.default_rng(0)
+    h, g = rng.random((100, 6), "f"), rng.normal(size=(100, 6)).astype("f")
+    clock = np.arange(100)
+    for each in (h, g, clock):
+        each.flags.writeable = False
+    model.train(h, g, clock, clock[::-1])
+    model.guess(h)
+
+
+@pytest.mark.parametrize("k", [1, 10])
+def test_backprop_matches_keras_gradients(k):
+    """sgd.py's, which stands here so that one file of tests starts TensorFlow."""
+    import keras
+    import tensorflow as tf
+    rng = np.random.default_rng(2)
+    layers = make_layers([2, 24, 12, k], rng)
+    x = rng.normal(size=(100, 2)).astype("f")
+    y = rng.normal(size=(100, 1)).astype("f")
+    if k > 1:
+        y = np.eye(k, dtype="f")[rng.integers(k, size=100)]
+    g = backprop(layers, loss_gradient(feed_forward(layers, x), y))
+    last = keras.layers.Dense(k, None if k == 1 else "softmax")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(24, "sigmoid"),
+                              keras.layers.Dense(12, "sigmoid"), last])
+    model.set_weights([array for layer in layers for array in (layer.w, layer.b)])
+    inputs = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        each = (0.5 * tf.square(model(inputs) - y) if k == 1
+                else keras.losses.categorical_crossentropy(y, model(inputs)))
+        value = tf.reduce_mean(each)
+    *weights, dL_dx = tape.gradient(value, [*model.trainable_variables, inputs])
+    assert float(loss(feed_forward(layers, x), y).mean()) == pytest.approx(float(value), rel=1e-4)
+    ours = [array for layer in layers for array in (layer.dL_dw, layer.dL_db)]
+    for mine, theirs in zip(ours, weights, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(g / len(x), dL_dx, rtol=1e-4, atol=1e-7)
+
+
+# ---- the process ----
+
 @pytest.mark.processes
 def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path, monkeypatch):
     """Whatever Keras is set to, by the environment and by ~/.keras/keras.json. `learned` never runs
@@ -224,7 +295,6 @@ def test_over_http_it_learns_a_gradient_field_that_depends_on_labels(tmp_path, m
 
 @pytest.mark.processes
 def test_what_does_not_fit_is_one_line(tmp_path):
-    from tests.processes import start
     for n, (options, message) in enumerate((
             (["--layers", 6, 4], "the first and the last must be equal"),
             (["--keep", 100], "--keep times --replay must be at least 10 times --batch-size"))):

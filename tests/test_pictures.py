@@ -287,7 +287,7 @@ def a_server(body):
         def log_message(self, *_):
             pass
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
 

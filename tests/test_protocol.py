@@ -169,7 +169,7 @@ def guess(gradients, learned=None):
     guess(np.zeros((4, 3), "f"), "yesterday"), http("x", length=MAX_BODY * 4)])
 def test_a_client_survives_a_server_that_misbehaves(answer):
     server = Misbehaving(answer)
-    client = OracleClient(server.url, timeout=0.5)
+    client = OracleClient(server.url, timeout=0.3)
     began = time.monotonic()
     with pytest.raises(NoAnswer, match="http://127.0.0.1"):
         client.estimate_gradients(np.zeros((4, 3), "f"), np.zeros((4, 1), "f"))

@@ -69,36 +69,6 @@ def test_backprop_matches_finite_differences(network):
         assert g[index] / len(x) == pytest.approx(slope, abs=1e-8)
 
 
-@pytest.mark.tensorflow
-@pytest.mark.parametrize("k", [1, 10])
-def test_backprop_matches_keras_gradients(k):
-    import keras
-    import tensorflow as tf
-    rng = np.random.default_rng(2)
-    layers = make_layers([2, 24, 12, k], rng)
-    x = rng.normal(size=(100, 2)).astype("f")
-    y = rng.normal(size=(100, 1)).astype("f")
-    if k > 1:
-        y = np.eye(k, dtype="f")[rng.integers(k, size=100)]
-    g = backprop(layers, loss_gradient(feed_forward(layers, x), y))
-    last = keras.layers.Dense(k, None if k == 1 else "softmax")
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(24, "sigmoid"),
-                              keras.layers.Dense(12, "sigmoid"), last])
-    model.set_weights([array for layer in layers for array in (layer.w, layer.b)])
-    inputs = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        each = (0.5 * tf.square(model(inputs) - y) if k == 1
-                else keras.losses.categorical_crossentropy(y, model(inputs)))
-        value = tf.reduce_mean(each)
-    *weights, dL_dx = tape.gradient(value, [*model.trainable_variables, inputs])
-    assert mean_loss(layers, x, y) == pytest.approx(float(value), rel=1e-4)
-    ours = [array for layer in layers for array in (layer.dL_dw, layer.dL_db)]
-    for mine, theirs in zip(ours, weights, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(g / len(x), dL_dx, rtol=1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize("size", [2, None])
 def test_the_gradient_of_a_batch_is_the_mean_of_its_examples(size, network):
     layers, x, y = network
