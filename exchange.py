@@ -59,7 +59,7 @@ class Replay:
     def is_new(self, i, h, clock):
         """(batch,) bool. A resumed run has the same i and clock again, but another h: it is new."""
         with self.changed:
-            keys = list(zip(i.tolist(), clock.tolist(), h[:, 0].tolist(), strict=True))
+            keys = list(map(hash, zip(i.tolist(), clock.tolist(), h[:, 0].tolist(), strict=True)))
             new = np.array([key not in self.seen for key in keys])
             self.seen.update(dict.fromkeys(keys))
             if len(self.seen) > 2 * self.remember:

@@ -2,6 +2,7 @@
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -83,6 +84,26 @@ def still(read):
         return len(seen) > 3 and all(each == seen[-1] for each in seen[-4:])
     wait_until(settled, "it to stand still", pause=0.5)
     return seen[-1]
+
+
+@contextlib.contextmanager
+def local_cluster():
+    """A Ray cluster on this machine, and two nodes of it that run actors, which its head does not.
+
+    All have the loopback address, which Ray else replaces by the machine's own. What is started
+    meanwhile finds it.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=3, node_ip_address="127.0.0.1") for _ in range(2)]
+        os.environ["RAY_ADDRESS"] = cluster.address
+        yield cluster, nodes
+    finally:
+        os.environ.pop("RAY_ADDRESS", None)
+        cluster.shutdown()
 
 
 class Proxy:

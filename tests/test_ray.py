@@ -8,27 +8,17 @@ import pytest
 
 from plumbing.launch import free_first_port
 from plumbing.runs import read_json, read_metrics
-from tests.processes import ROOT, end, start, status, wait_until
+from tests.processes import ROOT, end, local_cluster, start, status, wait_until
 
 pytestmark = pytest.mark.processes
 EPOCHS = 60  # half a minute
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    """A head that runs no actors, and two nodes that do. All have the loopback address, which Ray
-    else replaces by the machine's own."""
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read when ray is imported
+def cluster():
     pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=3, node_ip_address="127.0.0.1") for _ in range(2)]
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        yield cluster, nodes
-    finally:
-        cluster.shutdown()
+    with local_cluster() as cluster:
+        yield cluster
 
 
 def trainers(folder):

@@ -2,11 +2,13 @@
 minutes a seed; `--chain`, of which each of five processes is killed twice, takes three.
 
 A supervisor starts the same command with --resume, whatever has died, and does nothing else.
+`--cluster` removes one of the two working nodes of a Ray cluster instead, halfway; needs Ray.
 """
 from itertools import pairwise
 
 from tqdm import tqdm
 
+from plumbing.launch import free_first_port
 from tests.benchmarks.measure import (
     DATA,
     TARGETS,
@@ -19,7 +21,7 @@ from tests.benchmarks.measure import (
     run_three,
     table,
 )
-from tests.processes import Three, wait_until
+from tests.processes import Three, end, local_cluster, start, status, wait_until
 
 KILLS = 10
 PARTS = list(pairwise([2, 24, 12, 1]))
@@ -55,21 +57,45 @@ def calm(folder, chain, epochs, seed):
         run_three(folder, seed=seed, input=["--num-epochs", epochs])
 
 
+def on_cluster(folder, lose_node, epochs, seed):
+    """The three processes on a Ray cluster, of which a node is lost halfway or not."""
+    first = free_first_port()
+    with local_cluster() as (cluster, nodes):
+        driver = start("examples/on_ray.py", *DATA, "--num-epochs", epochs, "--seed", seed,
+                       "--snapshot-seconds", 2, "--first-port", first, cwd=folder,
+                       log=folder / "log")
+        try:
+            wait_until(lambda: (status(first + 2) or {}).get("examples", 0) > epochs * 95_000,
+                       "half of the run", 600)
+            if lose_node:
+                cluster.remove_node(nodes[1], allow_graceful=False)
+            assert driver.wait(600) == 0, (folder / "log").read_text()
+        finally:
+            end(driver)
+
+
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--chain", action="store_true", help="five processes instead of three")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--chain", action="store_true", help="five processes instead of three")
+    group.add_argument("--cluster", action="store_true", help="lose a node of a Ray cluster")
     parser.add_argument("--epochs", type=int, default=11, help="(%(default)s)")
     args = parser.parse_args()
-    command = "bench-crashes-chain" if args.chain else "bench-crashes"
+    ways = {"calm": (calm, args.chain), "disturbed": (disturbed, args.chain)}
+    command, limit, what = "bench-crashes", "1.1", f"{KILLS} kills"
+    if args.chain:
+        command, limit = "bench-crashes-chain", "1.15"
+    if args.cluster:
+        ways = {"calm": (on_cluster, False), "disturbed": (on_cluster, True)}
+        command, limit, what = "bench-crashes-cluster", "1.25", "the loss of a node"
     runs = Runs(command, 2 * args.seeds)
-    quiet, shaken = ([runs.get(f"{run.__name__} {args.epochs} epochs", seed, run, args.chain,
-                               args.epochs) for seed in range(args.seeds)]
-                     for run in (calm, disturbed))
+    quiet, shaken = ([runs.get(f"{way} {args.epochs} epochs", seed, *ways[way], args.epochs)
+                      for seed in range(args.seeds)] for way in ways)
     value, pairs = ratio(list(map(final, shaken)), list(map(final, quiet)))
     seconds = [[each["seconds"][-1] for each in group] for group in (shaken, quiet)]
     table(command, TARGETS, [
-        (f"held-out MSE after {KILLS} kills, over an undisturbed run's", value,
-         "1.15" if args.chain else "1.1", f"{args.epochs} epochs each: {pairs}"),
+        (f"held-out MSE after {what}, over an undisturbed run's", value,
+         limit, f"{args.epochs} epochs each: {pairs}"),
         ("its seconds of training, over the undisturbed run's", ratio(*seconds)[0], "–",
          "what comes after the last checkpoint is trained again")])
 
