@@ -229,7 +229,7 @@ class Delayed:
     def __init__(self, layers, bound):
         self.layers, self.bound = layers, bound
         self.memory = {}                     # clock -> i, (x, h) of each layer, which rows are due
-        self.returned = collections.deque()  # (clock, i, g); servers' threads add at the end
+        self.returned = collections.deque(maxlen=2 * bound)  # (clock, i, g), which servers add
         self.learned = None                  # the newest clock of a gradient that was applied
 
     def add(self, i, h, y, clock, g):

@@ -148,6 +148,8 @@ class UpperEnd:
         question = h.tobytes(), y.tobytes()
         with self.asking:
             if question not in self.answers:
+                if len(self.arrivals.questions) >= 2 * serving.THREADS:
+                    raise Refused("busy: too many questions wait for the training loop", 503)
                 self.answers[question] = concurrent.futures.Future()
                 self.arrivals.add_question(h, y, self.answers[question].set_result)
             answer = self.answers[question]

@@ -17,7 +17,9 @@ trainers of the decoupled run use the same layers, and their loops use the same 
 import time
 from itertools import pairwise
 
+from plumbing import data, options, runs  # first, see there
 import numpy as np
+from tqdm import tqdm
 
 # ---- activations: to add a hidden one, write a class like Sigmoid and name it in HIDDEN ----
 
@@ -216,8 +218,6 @@ def train(layers, x, y, order, learning_rate, momentum):
 
 
 def main():
-    from plumbing import data, options, runs
-    from tqdm import tqdm
     parser = options.make_parser(
         __doc__, layers=[2, 24, 12, 1], num_epochs=100, learning_rate=0.002, batch_size=1,
         momentum=0.0, seed=0, progress_dir="sgd_progress")
@@ -232,10 +232,10 @@ def main():
         progress = runs.Progress(args.progress_dir, columns, vars(args) | {
             "constant_guess": loaded.constant_guess})
         print(data.describe(loaded))
-        run(args, loaded, progress, tqdm)
+        run(args, loaded, progress)
 
 
-def run(args, loaded, progress, tqdm):
+def run(args, loaded, progress):
     """Train with a progress bar, and write a row and a snapshot after each epoch."""
     x, y, x_test, y_test = loaded
     layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]))

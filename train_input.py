@@ -27,7 +27,7 @@ from sgd import (HIDDEN, backprop, descend, feed_forward, layers_from_weights, l
 from synthgrad import Gradients
 
 DEFAULTS = dict(
-    layers=[2, 24], learning_rate=12.0, momentum=0.0, decay=20_000, warm_up=1000, batch_size=100,
+    layers=[2, 24], learning_rate=30.0, momentum=0.0, decay=5000, warm_up=1000, batch_size=100,
     staleness=20, num_epochs=16, patience=600, seed=0, oracle_server="127.0.0.1:5001",
     output_server="127.0.0.1:5002", progress_dir="progress", snapshot_seconds=5, resume=False)
 GRADIENTS = "synthetic", "true", "delayed", "zero", "shuffled"

@@ -7,7 +7,7 @@ import sys
 
 from plumbing import launch, runs
 
-FAST = ["--learning-rate", "1.6", "--momentum", "0.9", "--warm-up", "0"]  # for true gradients
+FAST = ["--learning-rate", "2.7", "--momentum", "0.9", "--warm-up", "0"]  # for true gradients
 EXPERIMENTS = {
     "guesses": [], "labels": ["--condition-on-labels"], "true": ["--gradients", "true", *FAST],
     "delayed": ["--gradients", "delayed", "--staleness", "4", *FAST],

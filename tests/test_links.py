@@ -113,12 +113,12 @@ def test_the_answer_is_the_true_gradient_of_before_the_update(tmp_path):
     assert not upper.outbox.queue, "the answer goes to whom has asked"
 
 
-def test_answers_that_are_kept_are_bounded(tmp_path):
+def test_questions_that_wait_and_answers_that_are_kept_are_bounded(tmp_path):
     upper = make_upper(tmp_path)
     for n in range(100):
         with pytest.raises(Refused):
             upper.locked_update(H + n, Y, seconds=0)
-    assert len(upper.answers) == 2 * serving.THREADS
+    assert len(upper.answers) == len(upper.arrivals.questions) == 2 * serving.THREADS
 
 
 def test_a_question_over_http_is_given_up_before_the_client_gives_up(tmp_path, monkeypatch):
@@ -457,6 +457,13 @@ def test_a_gradient_that_is_too_late_or_of_unknown_examples_is_dropped(late):
     g, learned = delayed.answer(np.array([310, 311]), layer.h, None, 31)
     assert not g.any() and learned is None
     assert len(delayed.memory) == 21
+
+
+def test_gradients_that_wait_to_be_applied_are_bounded():
+    delayed, _ = make_delayed([], bound=5)
+    for clock in range(100):
+        delayed.add(*message(clock))
+    assert [clock[0] for clock, *_ in delayed.returned] == list(range(90, 100))
 
 
 # ---- a run of the input trainer ----

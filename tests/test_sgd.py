@@ -282,8 +282,7 @@ def test_run_takes_every_option_from_args_and_changes_none(tmp_path, small_data)
                               learning_rate=0.1, momentum=0.0)
     before, loaded = dict(vars(args)), data.load(*small_data)
     progress = runs.Progress(tmp_path / "run", ["seconds", "examples", "epoch", "test_mse"], {})
-    from tqdm import tqdm
-    sgd.run(args, loaded, progress, tqdm)
+    sgd.run(args, loaded, progress)
     assert vars(args) == before
 
 

@@ -83,7 +83,7 @@ def main():
                        "connections to be closed", 10)
         # what the training itself sent, but for what is under way
         trained = three.status("input")["examples_sent"]["sent"] - 20_000
-        told = three.status("output")["gradients"]["sent"] - 20_000
+        told = three.status("output")["gradients_sent"]["sent"] - 20_000
         after, output, oracle = resources(three), three.status("output"), three.status("oracle")
         alive = all(process.poll() is None for process in three.processes.values())
     counted = all(mine["examples"]["received"] >= sum(accepted[path]) + sent

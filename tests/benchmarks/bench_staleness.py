@@ -37,7 +37,7 @@ PROBLEMS = {  # name: options of the input trainer, the output trainer and the o
     "deep": (["--layers", 10, 64, 64, 64, "--warm-up", 300],
              ["--layers", 64, 64, 1, "--replay", 4], ["--layers", 64, 64, 64, "--replay", 4],
              ((0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0))),
-    "default": ([], [], [], ((0.4, 0.9), (1.6, 0.9), (6.0, 0.0), (12.0, 0.0)))}
+    "default": ([], [], [], ((0.8, 0.9), (2.7, 0.9), (12.0, 0.0), (30.0, 0.0)))}
 WAYS = {  # name: --gradients, options of the oracle
     "true gradients, delayed": ("delayed", []),
     "guesses with labels": ("synthetic", ["--condition-on-labels"]),

@@ -49,8 +49,8 @@ WAYS = {  # name: --gradients, options of the oracle; the default one is the cap
 SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9,
                                           "--learning-rate", 0.8, "--decay", 1],
           "sgd.py, one example at a time": []}
-GRID = ((0.4, 0.9), (0.8, 0.9), (1.6, 0.9), (6.0, 0.0), (12.0, 0.0), (20.0, 0.0))
-TRUE, GUESSES = (1.6, 0.9), (12.0, 0.0)  # rate and momentum of layer 1, of the grid
+GRID = ((1.6, 0.9), (2.7, 0.9), (4.0, 0.9), (12.0, 0.0), (20.0, 0.0), (30.0, 0.0), (50.0, 0.0))
+TRUE, GUESSES = (2.7, 0.9), (30.0, 0.0)  # rate and momentum of layer 1, of the grid
 TARGETS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
 MINUTE = 60
 

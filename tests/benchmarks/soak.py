@@ -30,7 +30,7 @@ def main():
         while not rows or rows[-1][0] < seconds:
             rows.append(sample(three, 10 * (len(rows) + 1)))
             bar.update(round(rows[-1][0]) - bar.n)
-        sent = [three.status("input")["examples_sent"], three.status("output")["gradients"]]
+        sent = [three.status("input")["examples_sent"], three.status("output")["gradients_sent"]]
         skipped = three.status("output")["skipped"]
     columns, quarter, lines = np.array(rows).T, len(rows) // 4, []
     shown = ((f"resident memory of the three, MB, last quarter of {seconds} s", ".0f"),
