@@ -17,7 +17,7 @@ from sgd import HIDDEN, backprop, feed_forward, make_layers, schedule
 from synthgrad import PartClient
 
 DEFAULTS = dict(
-    layers=[24, 12], learning_rate=12.0, momentum=0.0, decay=20_000, warm_up=1000, batch_size=100,
+    layers=[24, 12], learning_rate=30.0, momentum=0.0, decay=5000, warm_up=1000, batch_size=100,
     keep=2000, replay=0, staleness=20, patience=600, seed=0, output_server="127.0.0.1:5002",
     oracle_server="127.0.0.1:5011", progress_dir="middle_progress", resume=False,
     checkpoint_seconds=5)
