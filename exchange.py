@@ -108,7 +108,7 @@ class Minibatch(NamedTuple):
 
 
 class Arrivals:
-    """What a part above trains on, in a loop: the newest arrival first, else replay.
+    """What a part above trains on, in a loop: the last arrival first, however old, else replay.
 
     At most `backlog` examples wait, or two minibatches. Beyond that the oldest minibatch is
     skipped: it stays in the replay set only. Gradients at replayed activations are not passed on.

@@ -4,6 +4,29 @@ A link joins two neighbouring parts of the network and an oracle. Activations go
 go to the oracle, guesses come down. train_input.py has a LowerEnd, train_output.py an UpperEnd, and
 train_middle.py one of each. What they do at each end is exchange.py's; this file connects it to
 synthgrad.py's messages.
+
+Threads: the training loop alone writes to weights, velocities and checkpoints. Servers' threads add
+to Arrivals, Replay and Delayed.returned, and read copies of the weights. A Poster's thread only
+empties its Outbox. An array that was thrown or published is not written to any more.
+
+    queue                   holds at most                      beyond that
+    Outbox, going up        4 · staleness minibatches,
+                            at most 20,000 examples            the oldest is dropped, and counted
+    Outbox, to the oracle   --keep examples                    the oldest is dropped, and counted
+    Arrivals.waiting        BACKLOG examples, 2 minibatches    the oldest is left to replay, counted
+    Arrivals.questions      2 · THREADS                        503, so that it is asked again
+    Replay                  --keep examples                    the oldest is forgotten
+    Delayed.returned        2 · staleness minibatches          the oldest is dropped
+    requests                CONNECTIONS, THREADS, MAX_BODY     not accepted; waits; 413
+
+    wait                    ends with
+    for another process     an answer, a stop request, or --patience (serving.until_answered). One
+                            try ends after 10 s without a byte
+    for a newer guess       the same. Meanwhile minibatches are thrown again every THROW_AGAIN s
+    for minibatches         news, or 0.2 s; then the loop looks whether it shall stop
+    for the training loop   its answer to a question, or 8 s: 503, so that it is asked again
+    of a Poster             something thrown, or the end; after a failure TRY_AGAIN s
+    at the end              a Poster gets 5 s for what still waits
 """
 import collections
 import concurrent.futures

@@ -7,7 +7,8 @@
 train_output.py throws examples (i, h, y, clock, g) at it, with the true gradients g. It keeps the
 newest of them, because gradients age as the network learns, and trains over them in a loop,
 minimising the mean of (ĝ − g)² (paper, eq. 5). train_input.py asks it for ĝ(h), or ĝ(h, y), and
-waits for the answer.
+waits for the answer. It keeps nothing on disk. Restarted, it answers zeros until it has learned
+from new gradients; the part below goes on for --staleness updates, and then waits for it.
 """
 import math
 import sys
@@ -38,8 +39,8 @@ def make_model(dims):
 
 
 def loss(model, inputs, targets):
-    """The mean of (ĝ − g)² (paper, eq. 5), of standardised h (batch, input_dim), the model's
-    inputs, and scaled g (batch, width), its targets."""
+    """The mean of (ĝ − g)² (paper, eq. 5), in units of the mean of g²: of standardised h (batch,
+    input_dim), the model's inputs, and scaled g (batch, width), its targets."""
     import tensorflow as tf
     return tf.reduce_mean(tf.square(model(inputs, training=True) - targets))
 

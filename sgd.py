@@ -75,7 +75,8 @@ def output_activation(k):
     return Linear if k == 1 else Softmax
 
 
-# ---- losses: another one is a further case in these functions, and in plumbing/data.py ----
+# ---- losses: another one is a further case in these functions and in plumbing/data.py; a score
+# with a name of its own also in plot.CURVES and plumbing/page.html ----
 
 
 def loss(y_hat, y):

@@ -34,7 +34,11 @@ GRADIENTS = "synthetic", "true", "delayed", "zero", "shuffled"
 
 
 def train(layers, x, y, order, learning_rate, momentum, throw, gradient, clock=0):
-    """The algorithm. `order` yields minibatches of indices. Yields after each update."""
+    """The algorithm. `order` yields minibatches of indices. Yields after each update.
+
+    gradient() is exchange.gradient_source's; behind it BoundedStaleness asks, over HTTP by
+    LowerEnd.ask_oracle, what oracle.Oracle.guess answers.
+    """
     for clock, i in enumerate(order, clock):  # noqa: B020
         h = feed_forward(layers, x[i])
         throw(i, h, y[i], clock)                    # to the part above, fire-and-forget
@@ -56,7 +60,8 @@ class Report:
         self.row, self.updates_above, self.state = {}, None, "waiting for the other processes"
 
     def take(self, progress, checkpoint):
-        """Compose the network; write a checkpoint, a row and a snapshot."""
+        """Compose the network of this part's weights and those above, as they are when asked for.
+        Test it; write a checkpoint, a row and a snapshot."""
         mine = [(layer.w.copy(), layer.b.copy()) for layer in self.layers]
         if not all(np.isfinite(array).all() for pair in mine for array in pair):
             raise FloatingPointError("this part diverged; try a lower --learning-rate")
