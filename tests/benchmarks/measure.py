@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from plumbing.launch import command_lines, free_first_port, parse
 from plumbing.runs import read_json, read_metrics
-from tests.processes import DEADLINE, ROOT, Three, end, free_ports, start, wait_until
+from tests.processes import DEADLINE, ROOT, Three, end, start, wait_until
 
 DATA = [ROOT / "x.npy", ROOT / "y.npy"]
 KEPT = ROOT / "benchmarks"
@@ -197,41 +198,23 @@ def follow(group, seconds=None, watch=None, timeout=3600):
 class Chain(Three):
     """A chain of parts, each a process, with an oracle for each link, and their logs in `folder`.
 
-    parts: the widths of each, the input trainer's first: [[2, 24], [24, 12], [12, 1]]. Names:
-    oracle1, oracle2 (the lowest link's first), output, middle1, input. With true gradients no
-    oracle runs.
+    parts: the widths of each, the input trainer's first: [[2, 24], [24, 12], [12, 1]]. The commands
+    and their names are plumbing.launch's, and further options of each kind of process.
     """
 
     def __init__(self, folder, parts, gradients="synthetic", labels=0, oracle_layers=(64, 64),
                  oracle=(), output=(), middle=(), input=()):
         self.folder, self.session = folder, True
-        self.progress, self.processes, self.commands = folder / "progress", {}, {}
-        last = len(parts) - 1
-        ports = free_ports(2 * last + 1)
-        oracles, trainers = ports[:last], ports[last:]
-        self.ports = {f"oracle{n + 1}": port for n, port in enumerate(oracles)} | {
-            "output": trainers[last]} | {f"middle{n}": trainers[n] for n in range(1, last)} | {
-            "input": trainers[0]}
-        sees_labels = ["--condition-on-labels", labels] if labels else []
-
-        def add(name, script, layers, *options, **servers):
-            servers = [word for option, port in servers.items()
-                       for word in (f"--{option.replace('_', '-')}", f"127.0.0.1:{port}")]
-            self.commands[name] = [script, "--port", self.ports[name], "--layers", *layers,
-                                   *servers, *options]
-        if gradients != "true":
-            for n, (*_, width) in enumerate(parts[:-1], 1):
-                add(f"oracle{n}", "oracle.py", [width, *oracle_layers, width], *sees_labels,
-                    *oracle)
-        add("output", "train_output.py", parts[-1], "--progress-dir", folder / "output_progress",
-            *output, oracle_server=oracles[-1])
-        for n in range(last - 1, 0, -1):
-            add(f"middle{n}", "train_middle.py", parts[n], "--gradients", gradients,
-                "--progress-dir", folder / f"middle{n}_progress", *middle,
-                oracle_server=oracles[n], lower_oracle_server=oracles[n - 1],
-                output_server=trainers[n + 1])
-        add("input", "train_input.py", parts[0], *input, "--gradients", gradients,
-            "--progress-dir", self.progress, oracle_server=oracles[0], output_server=trainers[1])
+        self.progress, self.processes = folder / "progress", {}
+        words = ["--parts", *("-".join(map(str, widths)) for widths in parts), "--oracle-layers",
+                 *oracle_layers, "--condition-on-labels", labels, "--gradients", gradients,
+                 "--first-port", free_first_port(), "--progress-dir", self.progress]
+        self.commands = command_lines(parse(list(map(str, words))), hosts={})
+        further = {"oracle": oracle, "output": output, "input": input,
+                   "middle": ["--gradients", gradients, *middle]}
+        for name, command in self.commands.items():
+            command += further[name.rstrip("0123456789")]
+        self.ports = {name: int(command[2]) for name, command in self.commands.items()}
 
     def port(self, name):
         return self.ports[name]
