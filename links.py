@@ -28,10 +28,10 @@ empties its Outbox. An array that was thrown or published is not written to any 
     of a Poster             something thrown, or the end; after a failure TRY_AGAIN s
     at the end              a Poster gets 5 s for what still waits
 """
-import collections
 import concurrent.futures
 import threading
 import time
+from functools import partial
 
 import flask
 import numpy as np
@@ -50,10 +50,14 @@ class LowerEnd:
     """
 
     def __init__(self, args, stop, delayed_answer=None):
-        self.args, self.stop, self.width = args, stop, args.layers[-1]
+        self.args, self.width = args, args.layers[-1]
         self.oracle = OracleClient(args.oracle_server, args.token)
         self.above, thrower = (PartClient(args.output_server, args.token) for _ in range(2))
         self.name = f"the part above at {self.above.url}"
+        self.oracle_name = f"the oracle at {self.oracle.url}"
+        self.from_above, self.from_oracle = (
+            partial(serving.until_answered, who=who, stop=stop, patience=args.patience)
+            for who in (self.name, self.oracle_name))
         self.outbox = Outbox(min(4 * args.staleness * args.batch_size, 20_000), per_message=1)
         self.poster = Poster(self.outbox, thrower.training_examples, self.name)
         self.bounded = BoundedStaleness(
@@ -61,13 +65,6 @@ class LowerEnd:
             self.from_above if delayed_answer else self.from_oracle, self.outbox.throw_again)
         self.network = self.ids = ()  # widths and processes above the cut, once connected
         self.has_oracle = args.gradients not in ("true", "delayed")
-
-    def from_oracle(self, call):
-        return serving.until_answered(call, f"the oracle at {self.oracle.url}", self.stop,
-                                      self.args.patience)
-
-    def from_above(self, call):
-        return serving.until_answered(call, self.name, self.stop, self.args.patience)
 
     def ask_oracle(self, i, h, y, clock):
         return self.oracle.estimate_gradients(h, y)
@@ -95,9 +92,8 @@ class LowerEnd:
         self.outbox.per_message = rows_per_message(self.width + k)
         partners = {self.name: above}
         if self.has_oracle:
-            oracle, name = self.from_oracle(self.oracle.status), f"the oracle at {self.oracle.url}"
-            partners[name] = oracle
-            serving.check_partner(oracle, self.width, k, name)
+            oracle = partners[self.oracle_name] = self.from_oracle(self.oracle.status)
+            serving.check_partner(oracle, self.width, k, self.oracle_name)
             ahead = self.args.staleness * self.args.batch_size
             serving.check_needs(oracle, min(ahead, above.backlog))
         if new:
@@ -123,7 +119,7 @@ class UpperEnd:
         self.poster = Poster(self.outbox, oracle.provide_gradients, f"the oracle at {oracle.url}")
         self.checkpoint, self.loss = runs.Checkpoint(args.progress_dir), None
         self.resumed = False  # from a checkpoint
-        self.answers, self.asking = collections.OrderedDict(), threading.Lock()
+        self.answers, self.asking = {}, threading.Lock()
         self.saved, self.saved_updates, self.reporter = time.monotonic(), 0, serving.Reporter()
 
     def open(self, network):
@@ -177,7 +173,7 @@ class UpperEnd:
                 self.arrivals.add_question(h, y, self.answers[question].set_result)
             answer = self.answers[question]
             while len(self.answers) > 2 * serving.THREADS:  # more than can be asked at a time
-                self.answers.popitem(last=False)
+                del self.answers[next(iter(self.answers))]
         try:
             return answer.result(seconds)
         except concurrent.futures.TimeoutError:
