@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 
+from plumbing import launch
 from plumbing.launch import STOP_SECONDS, command_lines, free_first_port, parse, widths
 from tests.processes import ROOT, status, wait_until
 
@@ -234,6 +235,22 @@ def test_a_child_that_dies_ends_the_launcher(script, tmp_path, small_data):
         assert launched.end() == (2 if script != "train_input.py" else -signal.SIGKILL % 256)
     if script != "train_input.py":
         assert f"{script} ended with exit code -9" in launched.log.read_text()
+
+
+@pytest.mark.processes
+def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "STOP_SECONDS", 1)
+    ready, first, commands = tmp_path / "ready", free_first_port(), {}
+    for name, code in (
+            ("oracle1", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                        f"open({str(ready)!r}, 'w')\ntime.sleep(60)"),
+            ("input", f"while not os.path.exists({str(ready)!r}): time.sleep(0.05)")):
+        script = tmp_path / f"{name}.py"
+        script.write_text(f"import os, signal, time\n{code}\n")
+        commands[name] = [str(script), "--port", str(first + len(commands))]
+    assert launch.run(commands, signals=[]) == 0
+    assert not any(str(tmp_path) in " ".join(each.info["cmdline"] or [])
+                   for each in psutil.process_iter(["cmdline"]))
 
 
 @pytest.mark.processes
