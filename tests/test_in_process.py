@@ -201,10 +201,10 @@ def deep_data(tmp_path_factory):
 
 def test_guesses_beat_zero_gradients_where_the_lower_part_must_learn(deep_data, linear):
     options = ["--layers", 6, 32, 32, 16, 1, "--cuts", 2, "--condition-on-labels", "--warm-up",
-               100, "--learning-rate", 2, "--num-epochs", 3, "--delay", 3]
+               100, "--learning-rate", 8, "--num-epochs", 2, "--delay", 3]
     reached = {gradients: scores(deep_data, *options, "--gradients", gradients)[-1]
                for gradients in ("synthetic", "zero")}
-    assert reached["synthetic"] < 0.93 * reached["zero"], reached  # shuffled ones reach 0.99
+    assert reached["synthetic"] < 0.93 * reached["zero"], reached  # shuffled ones reach 1.11
 
 
 def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_learn(
