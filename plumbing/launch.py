@@ -22,7 +22,7 @@ from plumbing import options, say
 STOP_SECONDS = 30  # for the last snapshot, and for the others to stop, before they are killed
 if hasattr(subprocess, "CREATE_NEW_PROCESS_GROUP"):  # Windows has neither sessions nor SIGINT
     APART, STOP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}, signal.CTRL_BREAK_EVENT
-else:  # SIGTERM, since Python can lose a SIGINT that comes while it imports modules
+else:  # SIGTERM, since a SIGINT that comes while Python starts may be lost
     APART, STOP = {"start_new_session": True}, signal.SIGTERM
 
 
