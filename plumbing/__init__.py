@@ -15,6 +15,7 @@ for name, value in (("OPENBLAS_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"),
                     ("TF_CPP_MIN_LOG_LEVEL", "2")):
     os.environ.setdefault(name, value)
 os.environ["KERAS_BACKEND"] = "tensorflow"
+MAX_MAGNITUDE = 1e6  # of data, activations and gradients; larger ones would only overflow later
 
 
 def say(text):

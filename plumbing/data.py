@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbing.wire import MAX_MAGNITUDE
+from plumbing import MAX_MAGNITUDE
 
 WIDE = 20  # inputs or targets beyond ± this train badly
 

@@ -8,9 +8,10 @@ import requests
 from msgspec import UNSET, UnsetType
 from urllib3.util import parse_url
 
+from plumbing import MAX_MAGNITUDE
+
 MAX_BODY = 2**25        # bytes of a request; what is thrown is put into messages of half of that
 MAX_VALUES = 2**20      # bytes of an array that is spelled out in "values", which is for people
-MAX_MAGNITUDE = 1e6     # activations and gradients are small; larger ones would only overflow later
 MAX_INTEGER = 2**53     # of an index or a clock
 
 Shape, DType = TypeVar("Shape"), TypeVar("DType")

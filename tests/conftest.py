@@ -1,5 +1,5 @@
 """What several tests share: small data, and real processes."""
-import plumbing  # noqa: F401, first: it sets the threads of NumPy
+from plumbing import data  # first: plumbing sets the threads of NumPy
 import threading
 
 import numpy as np
@@ -7,7 +7,6 @@ import pytest
 from tqdm import tqdm
 
 from generate import sample
-from plumbing import data
 from tests.processes import Three
 
 

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from plumbing.runs import read_metrics
 
@@ -93,17 +94,16 @@ def local_cluster():
     All have the loopback address, which Ray else replaces by the machine's own. What is started
     meanwhile finds it.
     """
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when ray is imported
-    from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=3, node_ip_address="127.0.0.1") for _ in range(2)]
-        os.environ["RAY_ADDRESS"] = cluster.address
-        yield cluster, nodes
-    finally:
-        os.environ.pop("RAY_ADDRESS", None)
-        cluster.shutdown()
+    with mock.patch.dict(os.environ, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"):
+        from ray.cluster_utils import Cluster  # here, because it reads that
+        cluster = Cluster(initialize_head=True, head_node_args={
+            "num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False})
+        try:
+            nodes = [cluster.add_node(num_cpus=3, node_ip_address="127.0.0.1") for _ in range(2)]
+            os.environ["RAY_ADDRESS"] = cluster.address
+            yield cluster, nodes
+        finally:
+            cluster.shutdown()
 
 
 class Proxy:

@@ -1,4 +1,5 @@
 """The launcher: which commands it starts, and that it leaves nobody behind."""
+import os
 import signal
 import socket
 import subprocess
@@ -241,12 +242,13 @@ def test_a_child_that_dies_ends_the_launcher(script, tmp_path, small_data):
 def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "STOP_SECONDS", 1)
     ready, first, commands = tmp_path / "ready", free_first_port(), {}
+    os.mkfifo(ready)  # opening it waits until the other one opens it, too
     for name, code in (
             ("oracle1", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                        f"open({str(ready)!r}, 'w')\ntime.sleep(60)"),
-            ("input", f"while not os.path.exists({str(ready)!r}): time.sleep(0.05)")):
+                        f"open({str(ready)!r}, 'w')\nsignal.pause()"),
+            ("input", f"open({str(ready)!r})")):
         script = tmp_path / f"{name}.py"
-        script.write_text(f"import os, signal, time\n{code}\n")
+        script.write_text(f"import signal\nsignal.alarm(60)\n{code}\n")
         commands[name] = [str(script), "--port", str(first + len(commands))]
     assert launch.run(commands, signals=[]) == 0
     assert not any(str(tmp_path) in " ".join(each.info["cmdline"] or [])

@@ -49,9 +49,10 @@ PERSISTENCE = 1, 3, 6, 20, 50
 DEEP = ["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--replay", 4, "--warm-up", 300,
         "--decay", 20_000]
 DEEP_RATES = (0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0)
+RATES = (0.8, 0.9), (2.7, 0.9), (12.0, 0.0), (30.0, 0.0)
 PROBLEMS = {  # name: options, epochs of 1,900 updates, hidden layers of a capable and of a small
     # oracle, rates and momenta
-    "default": ([], 6, ([64, 64], [12]), ((0.8, 0.9), (2.7, 0.9), (12.0, 0.0), (30.0, 0.0))),
+    "default": ([], 6, ([64, 64], [12]), RATES),
     "deep": (DEEP, 4, ([64], []), DEEP_RATES), "deep, waves": (DEEP, 4, ([64], []), DEEP_RATES)}
 WAYS = {  # name: --gradients, which oracle, whether it sees y, whether the mean is kept
     "true gradients, delayed": ("delayed", 0, False, False),

@@ -64,7 +64,7 @@ def learn(folder, data, cut, way, rates, seed, updates=None, seconds=None, delay
                       "--learning-rate", 0.02 if cut == HIDDEN - 1 else 0.1],
               input=["--layers", COLUMNS, *[WIDTH] * cut, "--gradients", gradients,
                      "--learning-rate", rate, "--momentum", momentum,
-                     "--warm-up", 0 if gradients == "true" else 300,
+                     "--warm-up", 0 if gradients == "true" else 300, "--decay", 20_000,
                      *(["--num-epochs", round(updates / 1900)] if updates else [])])
 
 

@@ -44,7 +44,8 @@ def learn(folder, network, way, rates, data, seconds, seed):
     width = network.below[-1]
     run_three(folder, seconds, seed, data=data, input=[
         "--layers", *network.below, "--gradients", way, "--learning-rate", factor * network.rate,
-        "--momentum", momentum, "--warm-up", 0 if way == "true" else 300],
+        "--momentum", momentum, "--warm-up", 0 if way == "true" else 300,
+        "--decay", 20_000],
         oracle=["--layers", width, network.hidden, width, "--condition-on-labels"],
         output=["--layers", *network.above, "--learning-rate", network.output])
 

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 
 from plot import STYLES, png
+from tests.benchmarks.bench_delay import DEEP_RATES, RATES
 from tests.benchmarks.measure import (
     DATA,
     KEPT,
@@ -34,10 +35,10 @@ from tests.benchmarks.measure import (
 
 PER_SECOND = 150  # updates; slower than layer 1 could be, so that --staleness is what limits it
 PROBLEMS = {  # name: options of the input trainer, the output trainer and the oracle; rates
-    "deep": (["--layers", 10, 64, 64, 64, "--warm-up", 300],
+    "deep": (["--layers", 10, 64, 64, 64, "--warm-up", 300, "--decay", 20_000],
              ["--layers", 64, 64, 1, "--replay", 4], ["--layers", 64, 64, 64, "--replay", 4],
-             ((0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0))),
-    "default": ([], [], [], ((0.8, 0.9), (2.7, 0.9), (12.0, 0.0), (30.0, 0.0)))}
+             DEEP_RATES),
+    "default": ([], [], [], RATES)}
 WAYS = {  # name: --gradients, options of the oracle
     "true gradients, delayed": ("delayed", []),
     "guesses with labels": ("synthetic", ["--condition-on-labels"]),

@@ -31,6 +31,7 @@ from tests.benchmarks.measure import (
     until,
     waves_target,
 )
+from train_input import DEFAULTS
 
 SMALL, LINEAR = ["--layers", 24, 12, 24], ["--layers", 24, 24]
 LABELS = ["--condition-on-labels"]
@@ -50,7 +51,8 @@ SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9
                                           "--learning-rate", 0.8, "--decay", 1],
           "sgd.py, one example at a time": []}
 GRID = ((1.6, 0.9), (2.7, 0.9), (4.0, 0.9), (12.0, 0.0), (20.0, 0.0), (30.0, 0.0), (50.0, 0.0))
-TRUE, GUESSES = (2.7, 0.9), (30.0, 0.0)  # rate and momentum of layer 1, of the grid
+# rate and momentum of layer 1, of the grid
+TRUE, GUESSES = (2.7, 0.9), (DEFAULTS["learning_rate"], DEFAULTS["momentum"])
 TARGETS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
 MINUTE = 60
 
