@@ -2,6 +2,7 @@
 import contextlib
 import hmac
 import logging
+import os
 import re
 import signal
 import socket
@@ -250,8 +251,18 @@ def serve(app, listener, args):
 
 
 def run(main, parser):
-    """Parse, run main(args, stop), exit with 0, with 130 after Ctrl-C, or as one_line_errors()."""
+    """Parse, run main(args, stop), exit with 0, with 130 after Ctrl-C, or as one_line_errors().
+
+    Nobody waits for the threads that still answer requests. One that is in C++ code then (a
+    picture, TensorFlow) would abort the process while Python shuts down, so it does not shut down.
+    """
     args, stop = options.parse(parser), Stop()
-    with options.one_line_errors(parser), contextlib.suppress(Stopped):
-        main(args, stop)
-    sys.exit(stop.exit_code)
+    try:
+        with options.one_line_errors(parser), contextlib.suppress(Stopped):
+            main(args, stop)
+        code = stop.exit_code
+    except SystemExit as error:
+        code = error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -5,6 +5,8 @@ import base64
 import http.client
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -362,6 +364,24 @@ def test_whatever_ends_a_program_is_one_line_and_a_code(error, code, capsys):
     assert ended.value.code == code
     expected = "" if code == 130 else f"program.py: {error}\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ending, code", [("", 0), ("; raise ValueError('bad')", 2)])
+def test_a_process_ends_while_a_thread_still_works(ending, code):
+    """Such a thread may be in C++ code, which aborts the process if Python shuts down (seen with
+    the live page). One that is not a daemon is waited for if Python shuts down."""
+    program = f"""
+import argparse, threading
+from plumbing import serving
+def main(*_):
+    threading.Thread(target=threading.Event().wait).start()
+    print("said", end=""){ending}
+parser = argparse.ArgumentParser("program.py")
+parser.set_defaults(token_file=None)
+serving.run(main, parser)"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (code, b"said")
 
 
 @pytest.mark.parametrize("bad", [
