@@ -353,7 +353,7 @@ def page(tmp_path):
 @pytest.mark.processes
 def test_the_live_page_shows_a_run_that_goes_on_and_says_when_something_is_wrong(
         browser, page, tmp_path, small_data):
-    endless = [*small_data, "--num-epochs", 10**6, "--snapshot-seconds", 1]
+    endless = [*small_data, "--num-epochs", 10**6, "--snapshot-seconds", 3]
     with Three(tmp_path, input=endless) as three, a_server(b"rubbish") as rubbish:
         three.start()
         wait_until(lambda: (three.status("input") or {}).get("test_mse"), "training to start")
