@@ -10,7 +10,6 @@ import threading
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 import plot
@@ -30,6 +29,11 @@ def a_probe(units=4, seed=0):
     x = rng.uniform(-1, 1, (200, 2))
     g = np.stack([np.sin(2 * x[:, 0] + unit) * x[:, 1] for unit in range(units)], axis=1)
     return {"x": x, "g": g, "guess": g + rng.normal(0, 0.1, g.shape)}
+
+
+def new_figure(size):
+    from matplotlib.figure import Figure  # here, because it takes a second
+    return Figure(size, layout="constrained")
 
 
 def write_run(folder, dims, probes=(None,) * 3, **options):
@@ -104,7 +108,7 @@ def test_each_unit_has_a_pair_of_panels_on_one_scale_with_its_cosine(size, tmp_p
     probe = a_probe()
     probe["guess"][:, 1] = -probe["g"][:, 1]
     write_run(tmp_path / "run", [2, 5, 1], [probe])
-    figure = Figure(size, layout="constrained")
+    figure = new_figure(size)
     plot.draw_guess(figure, *read_snapshot(snapshots(tmp_path / "run")[0]))
     *panels, bar = figure.axes
     titles = [ax.get_title() for ax in panels]
@@ -128,7 +132,7 @@ def test_a_run_without_snapshots_or_cosines_is_drawn_all_the_same(tmp_path):
 
 def curves(metrics):
     """The axes on which these runs are drawn, after drawing."""
-    figure = Figure((9, 6), layout="constrained")
+    figure = new_figure((9, 6))
     plot.draw_curves(figure, metrics)
     figure.canvas.draw()
     return figure.axes
@@ -213,17 +217,18 @@ def test_plot_without_runs_says_what_writes_them(tmp_path):
     assert run_plot(tmp_path, "--live", "--port", "65536").returncode == 2
 
 
-@pytest.mark.parametrize("kind", ["surface", "guess", "curves"])
-def test_the_live_page_draws_what_is_there_wide_and_tall(kind, tmp_path):
-    def shape(tall):
-        return Image.open(io.BytesIO(plot.draw_live(tmp_path / "run", kind, tall))).size
-    if kind == "guess":
-        assert plot.draw_live(tmp_path / "run", kind, False) is None
-    else:
-        shape(False)  # says that there is nothing to draw yet
+@pytest.mark.parametrize("kind, tall", [("surface", False), ("surface", True), ("guess", True),
+                                        ("curves", True)])
+def test_the_live_page_draws_what_is_there_wide_or_tall(kind, tall, tmp_path):
     write_run(tmp_path / "run", [2, 5, 1], [a_probe()])
-    (width, height), (tall_width, tall_height) = shape(False), shape(True)
-    assert width > height and tall_width < tall_height
+    picture = plot.draw_live(tmp_path / "run", kind, tall)
+    width, height = Image.open(io.BytesIO(picture)).size
+    assert (height > width) == tall
+
+
+def test_before_there_is_anything_to_draw_the_live_page_says_so(tmp_path):
+    assert plot.draw_live(tmp_path, "surface", False).startswith(b"\x89PNG")
+    assert plot.draw_live(tmp_path, "guess", False) is None
 
 
 # ---- what the live page says ----
