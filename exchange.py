@@ -7,9 +7,9 @@
     centered          below          guesses and late gradients without their mean
     gradient_source   below          chooses where a gradient comes from
 
-"below" and "above" are the parts of the network below and above a cut. None of these knows how
-a message travels: examples/in_process.py connects them by plain function calls, the trainers by
-HTTP. The columns of a minibatch are i, h, y and clock, see synthgrad.py.
+"below" and "above" are the parts of the network below and above a cut. Nothing here depends on how
+messages travel: examples/in_process.py uses plain function calls, the trainers use HTTP. The
+columns of a minibatch are i, h, y and clock, see synthgrad.py.
 """
 import collections
 import threading

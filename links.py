@@ -2,7 +2,7 @@
 
 A link joins two neighbouring parts of the network and an oracle. Activations go up, true gradients
 go to the oracle, guesses come down. train_input.py has a LowerEnd, train_output.py an UpperEnd, and
-train_middle.py one of each. What they do at each end is exchange.py's; this file connects it to
+train_middle.py one of each. exchange.py has the algorithm of each end; this file connects it to
 synthgrad.py's messages.
 
 Threads: the training loop alone writes to weights, velocities and checkpoints. Servers' threads add
@@ -23,7 +23,7 @@ empties its Outbox. An array that was thrown or published is not written to any 
     for another process     an answer, a stop request, or --patience (serving.until_answered). One
                             try ends after 10 s without a byte
     for a newer guess       the same. Meanwhile minibatches are thrown again every THROW_AGAIN s
-    for minibatches         news, or 0.2 s; then the loop looks whether it shall stop
+    for minibatches         news, or 0.2 s; then the loop checks whether to stop
     for the training loop   its answer to a question, or 8 s: 503, so that it is asked again
     of a Poster             something thrown, or the end; after a failure TRY_AGAIN s
     at the end              a Poster gets 5 s for what still waits
@@ -94,8 +94,13 @@ class LowerEnd:
         if self.has_oracle:
             oracle = partners[self.oracle_name] = self.from_oracle(self.oracle.status)
             serving.check_partner(oracle, self.width, k, self.oracle_name)
-            ahead = self.args.staleness * self.args.batch_size
-            serving.check_needs(oracle, min(ahead, above.backlog))
+            ahead = min(self.args.staleness * self.args.batch_size, above.backlog)
+            if oracle.needs > ahead:
+                raise ValueError(
+                    f"the oracle needs {oracle.needs} new gradients before it trains again, but "
+                    f"only {ahead} come before this part waits for it (--staleness times "
+                    "--batch-size, or the backlog of the part above); a larger --replay of "
+                    "oracle.py makes it need fewer")
         if new:
             serving.check_unused(partners)
 

@@ -7,8 +7,8 @@
 train_output.py throws examples (i, h, y, clock, g) at it, with the true gradients g. It keeps the
 newest of them, because gradients age as the network learns, and trains over them in a loop,
 minimising the mean of (ĝ − g)² (paper, eq. 5). train_input.py asks it for ĝ(h), or ĝ(h, y), and
-waits for the answer. It keeps nothing on disk. Restarted, it answers zeros until it has learned
-from new gradients; the part below goes on for --staleness updates, and then waits for it.
+waits for the answer. The oracle keeps nothing on disk. Restarted, it answers zeros until it has
+learned from new gradients; the part below goes on for --staleness updates, and then waits for it.
 """
 import math
 import sys

@@ -1,7 +1,7 @@
 """Plain SGD with hand-written backprop: the baseline, and the file to read first.
 
     python generate.py                     # makes x.npy and y.npy
-    python sgd.py x.npy y.npy              # 100 epochs, about ten minutes; writes sgd_progress/
+    python sgd.py x.npy y.npy              # 100 epochs, a quarter of an hour; writes sgd_progress/
 
 The symbols are the same here, in the README and in the protocol:
 
@@ -12,7 +12,7 @@ The symbols are the same here, in the README and in the protocol:
 
 Everything works on a minibatch: x, y, h and g have the shape (batch, dim). The code is written to
 be read, not to be fast. One example at a time (--batch-size 1) is SGD as textbooks describe it. The
-trainers of the decoupled run use the same layers, and their loops use the same words.
+trainers of the decoupled run use the same layers, and their loops call the same functions.
 """
 import time
 from itertools import pairwise
@@ -189,8 +189,8 @@ def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
     """The indices of each minibatch, every epoch in a new order, without the first `skip`.
 
     Random numbers come from streams [seed, n]: 1 for the lowest part (here for all layers), 2 for
-    the highest, 3 for the oracle, 4 with the epoch for this, 5 for shuffled gradients, 6 for a
-    middle part.
+    the highest, 3 for the oracle, 4 with the epoch for this, 5 for shuffled gradients, 6 with its
+    widths for a middle part.
     """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):

@@ -82,8 +82,9 @@ class LayerWeights(msgspec.Struct):
 
 
 class Weights(msgspec.Struct):
-    """From above, when below asks, which waits: the layers of that part and of all above it, and
-    how many updates each of those parts has made. If it is lost, the part below asks again."""
+    """The answer of the part above, for which the part below waits: the layers of that part and of
+    all above it, and how many updates each of these parts has made. If it is lost, the part below
+    asks again."""
     layers: list[LayerWeights]
     updates: list[int]
 

@@ -1,7 +1,7 @@
 """The input trainer: trains layer 1 along synthetic gradients, and drives the run.
 
     python train_input.py x.npy y.npy                        # gradients guessed by the oracle
-    python train_input.py x.npy y.npy --gradients true       # waits for true ones: update-locked
+    python train_input.py x.npy y.npy --gradients true       # waits for the true ones
     python train_input.py x.npy y.npy --gradients delayed    # true ones of earlier minibatches
     python train_input.py x.npy y.npy --gradients zero       # layer 1 does not learn: the control
     python train_input.py x.npy y.npy --gradients shuffled   # each example gets another one's guess
@@ -9,8 +9,8 @@
 After its forward pass it throws the activations at train_output.py, fire-and-forget, and does not
 wait for the true gradient. It asks oracle.py for a guess and descends along that. Now and then it
 fetches the weights above the cut, tests the whole network on held-out examples, and writes a row
-and a snapshot into progress/. The run ends here, after --num-epochs; the other processes then wait
-for news until they are stopped.
+and a snapshot into progress/. The run ends here, after --num-epochs; the other processes stay idle
+until they are stopped.
 """
 import time
 from pathlib import Path
@@ -63,8 +63,6 @@ class Report:
         """Compose the network of this part's weights and those above, as they are when asked for.
         Test it; write a checkpoint, a row and a snapshot."""
         mine = [(layer.w.copy(), layer.b.copy()) for layer in self.layers]
-        if not all(np.isfinite(array).all() for pair in mine for array in pair):
-            raise FloatingPointError("this part diverged; try a lower --learning-rate")
         link, counts = self.link, self.counts
         theirs, updates = link.from_above(lambda: link.above.weights(link.network))
         for old, new in zip(self.updates_above or updates, updates, strict=True):

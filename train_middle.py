@@ -2,10 +2,10 @@
 
     python train_middle.py                      # 24 -> 12, listens on 127.0.0.1:5012
 
-To the part below it, it is what train_output.py is: it takes activations, and throws the gradients
-that its backprop gives at the lower link's oracle. To the part above, it is what train_input.py is:
-it throws its own activations, and asks the upper link's oracle for a guess. So what it tells the
-lower oracle is not the true gradient but comes from a guess, too: bootstrapped, as in the paper's
+The part below treats it like train_output.py: it takes activations, and throws the gradients that
+its backprop gives at the lower link's oracle. The part above treats it like train_input.py: it
+throws its own activations, and asks the upper link's oracle for a guess. So what it tells the lower
+oracle is not the true gradient. It is computed from a guess, or bootstrapped, as in the paper's
 networks with a synthetic gradient at every layer (section 2.1).
 """
 from plumbing import options, runs, say, serving  # first, see there

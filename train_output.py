@@ -3,7 +3,7 @@
     python train_output.py                      # 24 -> 12 -> 1, listens on 127.0.0.1:5002
 
 train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and how many updates
-layer 1 had made. It loops over this partial training set, the newest arrival first. The true
+layer 1 had made. It trains in a loop on what has arrived so far, the newest first. The true
 gradients g = dL/dh that its backprop gives there go to oracle.py, fire-and-forget. With
 train_input.py --gradients delayed they go back to the input trainer: --oracle-server
 127.0.0.1:5003.

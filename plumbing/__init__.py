@@ -1,9 +1,9 @@
-"""What the processes need and the idea does not. Imported before NumPy, whose threads it sets.
+"""Infrastructure: all that is not the algorithm. Imported before NumPy, because it sets threads.
 
 Linear algebra gets one thread per process: the matrices are small, idle OpenBLAS threads spin, and
 the processes share the machine's cores. No graphics card is used: so small a model is fastest
-without, and starts sooner. TensorFlow's greetings are left out, its errors are not. Set a variable
-yourself to choose otherwise; only KERAS_BACKEND is fixed, since oracle.py is written for
+without, and starts sooner. TensorFlow's messages at its start are hidden, its errors are not. Set a
+variable yourself to choose otherwise; only KERAS_BACKEND is fixed, since oracle.py is written for
 TensorFlow.
 """
 import os

@@ -106,9 +106,8 @@ def check_widths(data, dims, who):
     """ValueError unless a network of the widths `dims` fits the data. `who` names the option."""
     columns, k = data.x.shape[1], data.y.shape[1]
     if dims[0] != columns:
-        cure = " ".join(map(str, [columns, *dims[1:]]))
-        raise ValueError(
-            f"{who} begins with {dims[0]}, but x has {columns} columns: --layers {cure}")
+        raise ValueError(f"{who} begins with {dims[0]}, but x has {columns} columns: it must begin "
+                         f"with {columns}")
     if dims[-1] != k:
         means = "numbers" if k == 1 else f"labels of {k} classes"
         raise ValueError(f"{who} ends with {dims[-1]}, but y holds {means}: it must end with {k}")

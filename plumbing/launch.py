@@ -3,7 +3,7 @@
     python -m plumbing.launch x.npy y.npy --num-epochs 16          # `make run`
     python -m plumbing.launch x.npy y.npy --parts 2-24 24-12 12-1  # `make chain`
 
-The run ends when one of them ends, the live page apart. Ctrl-C stops the input trainer first,
+The run ends when any process but the live page ends. Ctrl-C stops the input trainer first,
 because its last snapshot needs the others. A second Ctrl-C stops all at once. All other options
 go to train_input.py.
 """
@@ -58,9 +58,7 @@ def parse(argv):
             below, above = ("-".join(map(str, each)) for each in (below, above))
             parser.error(f"--parts {below} {above}: a part begins with the width that the part "
                          f"below it ends with: {below} {right}")
-    if args.labels is None:
-        args.labels = -1 if len(args.parts) > 2 else 0
-    if args.labels == -1:
+    if args.labels == -1 or args.labels is None and len(args.parts) > 2:
         args.labels = args.parts[-1][-1]
     args.port = args.port or args.first_port + 2
     return args
@@ -78,11 +76,9 @@ def command_lines(args, hosts=None):
         port[f"middle{k}"], port[f"oracle{k + 1}"] = first + 9 + 2 * k, first + 10 + 2 * k
     server = {name: f"{(hosts or {}).get(name, '127.0.0.1')}:{port[name]}" for name in port}
     oracles = [server[f"oracle{k}"] for k in links]
-    taught, locked, asked = list(oracles), args.gradients == "true", links
-    if args.gradients == "delayed":
-        taught[0], asked = server["input"], links[1:]
-    if locked:
-        asked = []
+    locked, late = (args.gradients == kind for kind in ("true", "delayed"))
+    asked = [] if locked else links[late:]
+    taught = [server["input"], *oracles[1:]] if late else oracles
     token = ["--token-file", args.token_file] if args.token_file else []
     shared = ["--seed", args.seed, *token]
     trainer = [*shared, *["--resume"] * args.resume]

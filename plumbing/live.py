@@ -1,8 +1,9 @@
-"""The live page's server: page.html, what the processes say of themselves, and pictures of a run.
+"""The live page's server: page.html, the status of all processes, and pictures of a run.
 
 Started by plot.py --live. Nothing here knows how a picture is drawn: main() is given a function.
 """
 import concurrent.futures
+import contextlib
 import os
 import threading
 import time
@@ -93,8 +94,9 @@ class Pictures:
         self.lock, self.drawn = threading.Lock(), {}  # (kind, tall) -> (version, bytes)
 
     def version(self):
-        newest = runs.snapshots(self.folder)[-1:]
-        return f"{newest[0].name}-{newest[0].stat().st_mtime_ns}" if newest else None
+        with contextlib.suppress(FileNotFoundError):  # a new run may just have moved the folder
+            for newest in runs.snapshots(self.folder)[-1:]:
+                return f"{newest.name}-{newest.stat().st_mtime_ns}"
 
     def get(self, *which):
         if not self.lock.acquire(timeout=10):

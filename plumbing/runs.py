@@ -1,4 +1,4 @@
-"""What runs write: metrics, snapshots and checkpoints. Of arrays: layers are unknown here."""
+"""What runs write: metrics, snapshots and checkpoints. Weights are plain arrays here."""
 import contextlib
 import csv
 import io
@@ -70,8 +70,9 @@ class Progress:
 
     def __init__(self, folder, columns, options, resume=False):
         self.folder, self.columns, self.options = Path(folder), columns, dict(options)
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            if not (self.folder / "run.json").exists():
+        found = {path.name for path in self.folder.glob("*")}
+        if found - {"lock", "run.json.tmp"}:  # which a start leaves behind where the disk is full
+            if "run.json" not in found:
                 raise ValueError(f"{folder} holds something other than a run; --progress-dir "
                                  "chooses another folder")
             lock(self.folder).close()  # before the folder is renamed, which Windows asks for
@@ -130,7 +131,7 @@ class Progress:
         self.end("finished")
 
     def verdict(self):
-        """A line about a run that has learned nothing, if it has not."""
+        """[a line about a run that has learned nothing], or []."""
         name = next(column for column in self.columns if column.startswith("test_"))
         untrained = float(self.rows[0]["examples"]) == 0
         first, last = (float(self.rows[n][name]) if n or untrained else np.inf for n in (0, -1))
@@ -203,9 +204,12 @@ class Checkpoint:
         self.path = Path(folder) / "checkpoint.npz"
 
     def save(self, layers, **numbers):
+        """FloatingPointError if the layers are not finite: then the last checkpoint is kept."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"{part}{n}": getattr(layer, part) for n, layer in enumerate(layers)
                   for part in self.PARTS}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise FloatingPointError("this part diverged; try a lower --learning-rate")
         save(self.path, **arrays, **numbers)
 
     def resume(self, layers, **same):

@@ -1,4 +1,4 @@
-"""What makes a trainer a process that others can ask: server, token, waiting, stopping."""
+"""The HTTP server of a trainer or oracle: requests, token, waiting for others, stopping."""
 import contextlib
 import hmac
 import logging
@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). A second Ctrl-C ends at once.
+    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). After that, Ctrl-C ends at once.
 
     A plain flag, because a signal may come while the main thread holds a threading.Event's lock.
     """
@@ -47,7 +47,8 @@ class Stop:
     def _request(self, number, _):
         if self.requested and number != signal.SIGTERM:
             raise KeyboardInterrupt
-        self.requested, self.exit_code = True, 0 if number == signal.SIGTERM else 130
+        if not self.requested:
+            self.requested, self.exit_code = True, 0 if number == signal.SIGTERM else 130
 
     def __bool__(self):
         return self.requested
@@ -113,16 +114,6 @@ def check_partner(status, width, k, name):
                          "--output-server is the address of the next part towards the output")
 
 
-def check_needs(oracle, ahead):
-    """ValueError unless `ahead`, the new gradients that surely reach an oracle before the part
-    below waits for it, are enough for it to train again."""
-    if oracle.needs > ahead:
-        raise ValueError(f"the oracle needs {oracle.needs} new gradients before it trains again, "
-                         f"but only {ahead} come before this part waits for it (--staleness times "
-                         "--batch-size, or the backlog of the part above); a larger --replay of "
-                         "oracle.py makes it need fewer")
-
-
 def check_unused(partners):
     """ValueError unless nobody in {name: status} has made an update yet."""
     used = [f"{name} (at {each.updates} updates)" for name, each in partners.items()
@@ -175,13 +166,12 @@ def make_app(process, status, args):
 
     @app.errorhandler(Exception)
     def answer_error(error):
-        if isinstance(error, (Malformed, FloatingPointError)):
-            return {"error": str(error)}, 400 if isinstance(error, Malformed) else 409
-        if isinstance(error, NoAnswer):  # of a process that this one asked
-            return {"error": str(error)}, 503
         if isinstance(error, Refused):
             login = {"WWW-Authenticate": "Basic"} if error.status == 401 else {}
             return {"error": str(error)}, error.status, login
+        for kind, code in ((Malformed, 400), (FloatingPointError, 409), (NoAnswer, 503)):
+            if isinstance(error, kind):  # NoAnswer is of a process that this one asked
+                return {"error": str(error)}, code
         if isinstance(error, HTTPException):
             return {"error": f"{error.name}: {error.description}"}, error.code
         app.logger.error("internal error", exc_info=error)

@@ -104,7 +104,7 @@ def decode(body, kind, rows=None, **widths):
     """
     try:
         message = msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"{error}; expected {kind.__name__}: an object of "
                         f"{', '.join(kind.__struct_fields__)}, where an array is like "
                         '{"shape": [2, 2], "values": [1, 2, 3, 4]}') from None

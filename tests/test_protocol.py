@@ -101,6 +101,12 @@ def test_rows_must_agree_there_must_be_one_and_widths_must_fit():
             decode(message, Question, h=3)
 
 
+@pytest.mark.parametrize("body", [b"", b"\xff", b'{"\xff": 1}', b'{"h": "\xff"}', b"[" * 10**5])
+def test_what_is_no_message_at_all_is_malformed(body):
+    with pytest.raises(Malformed, match="expected Question: an object of h, y"):
+        decode(body, Question)
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 2e6])
 def test_what_would_not_be_taken_is_never_sent(value):
     with pytest.raises(FloatingPointError, match="gradients is not finite, or beyond 1e"):

@@ -116,6 +116,13 @@ def test_a_folder_that_holds_no_run_is_never_touched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+def test_a_folder_in_which_a_start_failed_on_a_full_disk_is_taken(tmp_path):
+    for name in ("lock", "run.json.tmp"):
+        (tmp_path / name).touch()
+    runs.Progress(tmp_path, ["seconds"], {}).write(weights([2, 1]), seconds=1)
+    assert len(runs.snapshots(tmp_path)) == 1
+
+
 def test_a_folder_belongs_to_one_writer(tmp_path):
     progress = runs.Progress(tmp_path / "run", ["seconds"], {})
     for resume in (False, True):
@@ -212,6 +219,10 @@ def test_a_checkpoint_holds_weights_and_velocities_and_must_fit(tmp_path):
     for dims in ([3, 5, 1], [3, 4], [3, 4, 1, 1]):
         with pytest.raises(ValueError, match="other --layers"):
             checkpoint.resume(make_layers(dims, np.random.default_rng(0)))
+    layers[0].w[0] = np.inf
+    with pytest.raises(FloatingPointError, match="diverged"):
+        checkpoint.save(layers, updates=8)
+    assert checkpoint.resume(others)["updates"] == 7
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a whole file"):
         checkpoint.resume(layers)

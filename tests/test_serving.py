@@ -325,6 +325,7 @@ def test_a_stop_is_a_flag_with_an_exit_code_and_a_second_ctrl_c_ends_at_once(mon
         handlers[first](first, None)
         assert stop and stop.exit_code == code
         handlers[signal.SIGTERM](signal.SIGTERM, None)
+        assert stop.exit_code == code
         with pytest.raises(KeyboardInterrupt):
             handlers[signal.SIGINT](signal.SIGINT, None)
 

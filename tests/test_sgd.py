@@ -249,7 +249,7 @@ def test_sgd_that_diverges_says_so_in_one_line_and_ends_with_code_1(
 
 def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path):
     x, y = sample(50, 0)
-    for columns, dims, message in ((x[:, [0, 0, 1]], [2, 4, 1], "x has 3 columns: --layers 3 4 1"),
+    for columns, dims, message in ((x[:, [0, 0, 1]], [2, 4, 1], "3 columns: it must begin with 3"),
                                    (x, [2, 4, 10], "ends with 10, but y holds numbers: .* with 1")):
         loaded = data.Data(columns, y[:, None], columns, y[:, None])
         with pytest.raises(ValueError, match=message):
