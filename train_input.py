@@ -104,10 +104,6 @@ class Report:
         probe = {"x": x, "g": g[:, :4], "guess": guess[:, :4]} if x.shape[1] == 2 else {}
         return mean_cosine(g, guess), probe
 
-    def summary(self):
-        name = self.data.score
-        return f"epoch {self.row['epoch']:.1f}, held-out {name[5:]} {self.row[name]:.4f}"
-
     def status(self, args):
         return {"layers": args.layers, "state": self.state, "score": self.data.score,
                 "progress_dir": str(Path(args.progress_dir).resolve()),
@@ -159,6 +155,7 @@ def main(args, stop):
 def run(args, stop, report, progress, checkpoint):
     """Train for args.num_epochs, with a progress bar, snapshots now and then and one at the end."""
     x, y, counts, link = report.data.x, report.data.y, report.counts, report.link
+    score = report.data.score
     report.take(progress, checkpoint)
     report.state = f"training along {args.gradients} gradients"
     order = minibatches(len(x), args.batch_size, args.num_epochs, args.seed, counts["examples"])
@@ -180,7 +177,8 @@ def run(args, stop, report, progress, checkpoint):
                 if counts["seconds"] > due:
                     report.try_to_take(progress, checkpoint)
                     due = time.perf_counter() - start + args.snapshot_seconds
-                    bar.set_postfix_str(report.summary())
+                    bar.set_postfix_str(f"epoch {report.row['epoch']:.1f}, held-out {score[5:]} "
+                                        f"{report.row[score]:.4f}")
                 if stop:
                     break
         link.poster.close(timeout=5)
@@ -189,10 +187,10 @@ def run(args, stop, report, progress, checkpoint):
         checkpoint.save(report.layers, **report.same, **counts)
         say(f"stopped without a last snapshot, but with a checkpoint; --resume continues: {error}")
         raise
-    last = [float(row[report.data.score]) for row in progress.rows[-3:]]
+    last = [float(row[score]) for row in progress.rows[-3:]]
     report.state = f"training is {'stopped' if stop else 'finished'}"
     say(f"{counts['examples']:,} examples in {counts['seconds']:.1f} s, held-out "
-        f"{report.data.score[5:]} {last[-1]:.4f} (median of the last {len(last)} rows "
+        f"{score[5:]} {last[-1]:.4f} (median of the last {len(last)} rows "
         f"{np.median(last):.4f}): {progress.metrics}")
     if stop:
         say("interrupted; --resume continues from here")
