@@ -228,7 +228,8 @@ def main():
     args = parser.parse_args()
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
-        data.check_widths(loaded, args.layers, "--layers")
+        data.check_columns(loaded, args.layers)
+        data.check_targets(loaded, args.layers[-1], "--layers")
         columns = ["seconds", "examples", "epoch", loaded.score]
         progress = runs.Progress(args.progress_dir, columns, vars(args) | {
             "constant_guess": loaded.constant_guess})

@@ -120,7 +120,7 @@ def mean_cosine(g, guess):
 def main(args, stop):
     loaded = data.load(args.x, args.y, args.held_out)
     k = loaded.y.shape[1]
-    data.check_widths(loaded, [*args.layers, k], f"--layers {args.layers}")  # x only
+    data.check_columns(loaded, args.layers)
     listener = serving.listen(args)
     layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]), last=HIDDEN)
     checkpoint = runs.Checkpoint(args.progress_dir)
@@ -141,7 +141,7 @@ def main(args, stop):
             return {"accepted": len(columns[0])}
     serving.serve(app, listener, args)
     link.connect(new=not resumed, k=k)
-    data.check_widths(loaded, [*args.layers, *link.network[1:]], "the network of all --layers")
+    data.check_targets(loaded, link.network[-1], "the network of all --layers")
 
     columns = ["seconds", "examples", "epoch", loaded.score, "gradient_cosine", "staleness",
                "staleness_p95", "waits", "waited", "updates"]

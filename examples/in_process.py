@@ -146,7 +146,8 @@ def main():
     args = parser.parse_args()
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
-        data.check_widths(loaded, args.layers, "--layers")
+        data.check_columns(loaded, args.layers)
+        data.check_targets(loaded, args.layers[-1], "--layers")
         if not 0 < args.cuts[0] <= args.cuts[-1] < len(args.layers) - 1 or args.cuts != sorted(
                 set(args.cuts)):
             raise ValueError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")

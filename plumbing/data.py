@@ -102,15 +102,21 @@ def targets(y, path):
     return y[:, None] == classes
 
 
-def check_widths(data, dims, who):
-    """ValueError unless a network of the widths `dims` fits the data. `who` names the option."""
-    columns, k = data.x.shape[1], data.y.shape[1]
-    if dims[0] != columns:
-        raise ValueError(f"{who} begins with {dims[0]}, but x has {columns} columns: it must begin "
-                         f"with {columns}")
-    if dims[-1] != k:
+def check_columns(data, layers):
+    """ValueError unless the --layers of the lowest part fit x."""
+    columns = data.x.shape[1]
+    if layers[0] != columns:
+        cure = " ".join(map(str, [columns, *layers[1:]]))
+        raise ValueError(
+            f"--layers begins with {layers[0]}, but x has {columns} columns: --layers {cure}")
+
+
+def check_targets(data, width, who):
+    """ValueError unless an output of this width fits y. `who` names the option or the network."""
+    k = data.y.shape[1]
+    if width != k:
         means = "numbers" if k == 1 else f"labels of {k} classes"
-        raise ValueError(f"{who} ends with {dims[-1]}, but y holds {means}: it must end with {k}")
+        raise ValueError(f"{who} ends with {width}, but y holds {means}: it must end with {k}")
 
 
 def describe(data):

@@ -58,7 +58,7 @@ def parse(argv):
             below, above = ("-".join(map(str, each)) for each in (below, above))
             parser.error(f"--parts {below} {above}: a part begins with the width that the part "
                          f"below it ends with: {below} {right}")
-    if args.labels == -1 or args.labels is None and len(args.parts) > 2:
+    if args.labels == -1 or (args.labels is None and len(args.parts) > 2):
         args.labels = args.parts[-1][-1]
     args.port = args.port or args.first_port + 2
     return args

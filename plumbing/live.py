@@ -3,7 +3,6 @@
 Started by plot.py --live. Nothing here knows how a picture is drawn: main() is given a function.
 """
 import concurrent.futures
-import contextlib
 import os
 import threading
 import time
@@ -94,9 +93,11 @@ class Pictures:
         self.lock, self.drawn = threading.Lock(), {}  # (kind, tall) -> (version, bytes)
 
     def version(self):
-        with contextlib.suppress(FileNotFoundError):  # a new run may just have moved the folder
-            for newest in runs.snapshots(self.folder)[-1:]:
-                return f"{newest.name}-{newest.stat().st_mtime_ns}"
+        try:
+            newest = runs.snapshots(self.folder)[-1]
+            return f"{newest.name}-{newest.stat().st_mtime_ns}"
+        except (IndexError, FileNotFoundError):  # none, or a new run has just moved the folder
+            return None
 
     def get(self, *which):
         if not self.lock.acquire(timeout=10):

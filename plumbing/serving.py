@@ -243,8 +243,9 @@ def serve(app, listener, args):
 def run(main, parser):
     """Parse, run main(args, stop), exit with 0, with 130 after Ctrl-C, or as one_line_errors().
 
-    Nobody waits for the threads that still answer requests. One that is in C++ code then (a
-    picture, TensorFlow) would abort the process while Python shuts down, so it does not shut down.
+    Nobody waits for the threads that still answer requests. If one of them is in C++ code (a
+    picture, TensorFlow), it would abort the process while Python shuts down. So the process ends
+    without that.
     """
     args, stop = options.parse(parser), Stop()
     try:

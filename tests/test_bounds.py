@@ -47,6 +47,17 @@ def test_layer_1_stops_at_exactly_the_bound_and_goes_on_when_news_comes(tmp_path
     assert status["staleness_p95"] <= STALENESS and status["waits"] >= 3 and status["waited"] > 1
 
 
+def test_with_minibatches_of_one_a_loss_of_all_in_flight_is_made_good_soon(tmp_path, small_data):
+    with Three(tmp_path, input=[*small_data, "--num-epochs", 10**6, "--batch-size", 1,
+                                "--staleness", 250]) as three:
+        three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.to_oracle.port}"]
+        three.to_oracle.cut = True
+        three.start()
+        wait_until(lambda: three.updates() == 251, "layer 1 to wait")
+        three.to_oracle.cut = False
+        wait_until(lambda: three.updates() > 400, "it to go on", timeout=15)
+
+
 def test_without_news_both_learners_stop_after_their_replay_and_still_answer(
         tmp_path, small_data):
     keep = ["--keep", 50_000]  # more than arrives here, so that no allowance lapses

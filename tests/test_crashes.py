@@ -14,8 +14,7 @@ UPDATES = 30 * 38  # of 30 epochs of 3,800 examples
 
 
 def test_a_restart_at_any_stage_ends_in_a_finished_run(tmp_path, small_data):
-    """Each of the three is killed as soon as it answers and in the middle, the trainers also near
-    the end."""
+    """Each of the three is killed as soon as it answers, in the middle, and near the end."""
     three = Three(tmp_path, output=["--resume", "--checkpoint-seconds", 0.5], input=[
         *small_data, "--num-epochs", 30, "--resume", "--staleness", 50, "--learning-rate", 0.3,
         "--snapshot-seconds", 1])
@@ -41,7 +40,7 @@ def test_a_restart_at_any_stage_ends_in_a_finished_run(tmp_path, small_data):
             restart(victim)
         wait_until(lambda: UPDATES > three.updates() > UPDATES - 250, "the run to come near its "
                    "end", timeout=120, pause=0.01)
-        restart("output", "input")  # no last snapshot, nor the one before
+        restart(*three.commands)  # no last snapshot, nor the one before
         assert three.wait_for_input(60) == 0, three.log("input")
     assert not any("Traceback" in three.log(name) for name in three.commands)
     assert three.metrics("updates")[-1] == UPDATES

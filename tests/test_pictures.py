@@ -227,8 +227,14 @@ def test_the_live_page_draws_what_is_there_wide_or_tall(kind, tall, tmp_path):
 
 
 def test_before_there_is_anything_to_draw_the_live_page_says_so(tmp_path):
-    assert plot.draw_live(tmp_path, "surface", False).startswith(b"\x89PNG")
+    for kind in ("surface", "curves"):
+        assert plot.draw_live(tmp_path, kind, False).startswith(b"\x89PNG")
     assert plot.draw_live(tmp_path, "guess", False) is None
+
+
+def test_a_folder_that_is_just_being_moved_has_no_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(live.runs, "snapshots", lambda folder: [tmp_path / "snapshot_000001.npz"])
+    assert live.Pictures(None, tmp_path).version() is None
 
 
 # ---- what the live page says ----

@@ -249,14 +249,15 @@ def test_sgd_that_diverges_says_so_in_one_line_and_ends_with_code_1(
 
 def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path):
     x, y = sample(50, 0)
-    for columns, dims, message in ((x[:, [0, 0, 1]], [2, 4, 1], "3 columns: it must begin with 3"),
-                                   (x, [2, 4, 10], "ends with 10, but y holds numbers: .* with 1")):
-        loaded = data.Data(columns, y[:, None], columns, y[:, None])
-        with pytest.raises(ValueError, match=message):
-            data.check_widths(loaded, dims, "--layers")
+    wide = x[:, [0, 0, 1]]
+    for layers, cure in (([2, 4, 1], "3 4 1"), ([2, 24], "3 24")):  # the latter of train_input.py
+        with pytest.raises(ValueError, match=f"x has 3 columns: --layers {cure}$"):
+            data.check_columns(data.Data(wide, y[:, None], wide, y[:, None]), layers)
+    with pytest.raises(ValueError, match="ends with 10, but y holds numbers: .* with 1"):
+        data.check_targets(data.Data(x, y[:, None], x, y[:, None]), 10, "--layers")
     classes = np.eye(5, dtype="f")[np.arange(50) % 5]
     with pytest.raises(ValueError, match="ends with 4, but y holds labels of 5 classes"):
-        data.check_widths(data.Data(x, classes, x, classes), [2, 4, 4], "--layers")
+        data.check_targets(data.Data(x, classes, x, classes), 4, "--layers")
 
 
 def test_sgd_with_a_full_disk_ends_with_one_line(tmp_path, small_data, monkeypatch, capsys):
