@@ -160,7 +160,7 @@ class BoundedStaleness:
 
     answer(i, h, y, clock) -> g (batch, width), and `learned`, the clock of what g was learned from.
     Staleness is clock − learned. An oracle that has learned nothing yet answers zeros and None;
-    their staleness counts from the first of them. The same applies if `learned` is later than this
+    then staleness counts from the first such answer. It does, too, if `learned` is later than this
     clock, as after resuming from an older checkpoint. wait(ask) calls ask() until it no longer
     raises NoAnswer. Meanwhile ask() has minibatches thrown again, which may have been lost.
     """
@@ -257,7 +257,7 @@ class Delayed:
 
 
 def gradient_source(kind, guess, truth, rng):
-    """gradient(i, h, y, clock) -> g (batch, width), from where --gradients says. Guesses are
+    """gradient(i, h, y, clock) -> g (batch, width), of the kind that --gradients names. Guesses are
     centered."""
     return {"synthetic": lambda *minibatch: centered(guess(*minibatch)),
             "delayed": guess, "true": truth,

@@ -6,26 +6,30 @@ train_middle.py one of each. exchange.py has the algorithm of each end; this fil
 synthgrad.py's messages.
 
 Threads: the training loop alone writes to weights, velocities and checkpoints. Servers' threads add
-to Arrivals, Replay and Delayed.returned, and read copies of the weights. A Poster's thread only
-empties its Outbox. An array that was thrown or published is not written to any more.
+to Arrivals, Replay, Delayed.returned and `answers`, have an Outbox throw again, and read copies of
+the weights. A Poster's thread empties its Outbox. An array that was thrown or published is not
+written to any more.
 
     queue                   holds at most                      beyond that
     Outbox, going up        4 · staleness minibatches,
                             at most 20,000 examples            the oldest is dropped, and counted
-    Outbox, to the oracle   --keep examples                    the oldest is dropped, and counted
-    Arrivals.waiting        BACKLOG examples, 2 minibatches    the oldest is left to replay, counted
+    Outbox, to the oracle   the part's --keep examples         the oldest is dropped, and counted
+    Outbox.kept             as its queue                       the oldest is not thrown again
+    Arrivals.waiting        BACKLOG examples, or 2 minibatches the oldest is left to replay, counted
     Arrivals.questions      2 · THREADS                        503, so that it is asked again
     Replay                  --keep examples                    the oldest is forgotten
     Delayed.returned        2 · staleness minibatches          the oldest is dropped
     requests                CONNECTIONS, THREADS, MAX_BODY     not accepted; waits; 413
 
     wait                    ends with
-    for another process     an answer, a stop request, or --patience (serving.until_answered). One
-                            try ends after 10 s without a byte
+    for another process     an answer, a refusal (4xx), a stop request, or --patience, see
+                            serving.until_answered. One try ends after 10 s without a byte
     for a newer guess       the same. Meanwhile minibatches are thrown again every THROW_AGAIN s
     for minibatches         news, or 0.2 s; then the loop checks whether to stop
     for the training loop   its answer to a question, or 8 s: 503, so that it is asked again
-    of a Poster             something thrown, or the end; after a failure TRY_AGAIN s
+    for weights, by a       one try; then 503, so that it is asked again
+    middle part
+    of a Poster             something thrown, or the end; then PAUSE, or TRY_AGAIN after a failure
     at the end              a Poster gets 5 s for what still waits
 """
 import concurrent.futures
@@ -113,7 +117,8 @@ class UpperEnd:
     """The upper end of a link: what a part does for the part below it.
 
     It takes activations, trains on them in a loop, and throws the true gradients at the link's
-    oracle. Servers' threads call routes; everything else belongs to the training loop.
+    oracle. Servers' threads run what routes() defines, locked_update() and status(). All else
+    belongs to the training loop.
     """
 
     def __init__(self, args, part, rng, oracle_server):

@@ -7,8 +7,9 @@
 train_output.py throws examples (i, h, y, clock, g) at it, with the true gradients g. It keeps the
 newest of them, because gradients age as the network learns, and trains over them in a loop,
 minimising the mean of (ĝ − g)² (paper, eq. 5). train_input.py asks it for ĝ(h), or ĝ(h, y), and
-waits for the answer. The oracle keeps nothing on disk. Restarted, it answers zeros until it has
-learned from new gradients; the part below goes on for --staleness updates, and then waits for it.
+waits for the answer. The oracle keeps nothing on disk. After a restart, the part below waits until
+TensorFlow has started. Then the oracle answers zeros until it has learned from new gradients. The
+part below makes at most --staleness updates along zeros, and then waits.
 """
 import math
 import sys
@@ -24,7 +25,7 @@ from synthgrad import Gradients, Question
 DEFAULTS = dict(
     layers=[24, 64, 64, 24], learning_rate=0.005, batch_size=100,
     keep=2000,  # examples that are stored, the newest ones
-    replay=4,   # times that each of them is trained on
+    replay=4,   # times that each of them is trained on, on average
     seed=0)
 STEPS = 10      # minibatches in one call of the compiled training function
 
@@ -116,8 +117,8 @@ class Oracle:
         if not value < 1e6:  # NaN, too
             raise FloatingPointError("the oracle diverged; try a lower --learning-rate")
         self.updates += STEPS
-        # Among the newest arrivals, because a trainer that was resumed counts from an older clock.
-        # Among so many of them, because the part above tells the newest of its backlog first.
+        # Only recent arrivals count, because a trainer that was resumed has an older clock. BACKLOG
+        # of them, because the part above takes its last arrival first and older ones later.
         newest = ages <= max(ages.min(), BACKLOG)
         self.published = int(clock[newest].max()), self.moments, [each.numpy() for each in weights]
         return float(value)

@@ -76,7 +76,7 @@ def output_activation(k):
 
 
 # ---- losses: another one is a further case in these functions and in plumbing/data.py; a score
-# with a name of its own also in plot.CURVES and plumbing/page.html ----
+# with a name of its own, which begins with test_, also in plot.CURVES ----
 
 
 def loss(y_hat, y):
@@ -189,8 +189,8 @@ def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
     """The indices of each minibatch, every epoch in a new order, without the first `skip`.
 
     Random numbers come from streams [seed, n]: 1 for the lowest part (here for all layers), 2 for
-    the highest, 3 for the oracle, 4 with the epoch for this, 5 for shuffled gradients, 6 with its
-    widths for a middle part.
+    the highest, 3 for the oracle, 4 with the epoch for this, 5 for layer 1's shuffled gradients, 6
+    with its widths for a middle part.
     """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):

@@ -55,9 +55,9 @@ class Truth(msgspec.Struct):
 
 
 class Examples(msgspec.Struct, forbid_unknown_fields=True):
-    """Thrown from below to above; nobody waits. If they are lost, one minibatch goes untrained
-    above and unlearned by the oracle. Examples that the part below waits for are thrown again, and
-    the part above recognises those that have come before."""
+    """Thrown from below to above; nobody waits. If they are lost, their minibatches go
+    untrained above and unlearned by the oracle. Examples that the part below waits for are thrown
+    again, and the part above recognises those that have come before."""
     i: Integers
     h: Matrix
     y: Matrix
@@ -96,7 +96,7 @@ class Status(msgspec.Struct):
     condition_on_labels: int = 0   # oracle: the width of y that it sees
     needs: int = 0                 # oracle: examples that must arrive before it trains again
     network: list[int] | None = None  # output, middle: widths of this part and all above it
-    backlog: int = 0               # output, middle: new examples that it surely trains on
+    backlog: int = 0               # output, middle: new examples that may wait, unskipped
     ids: list[str] = []            # of this process, and of those above it that it knows of
 
 

@@ -24,7 +24,7 @@ DEFAULTS = dict(
 
 
 def train(part, minibatches, learning_rate, momentum, throw, gradient):
-    """The algorithm. Yields the mean square of the gradient that it told, of each minibatch."""
+    """The algorithm. Yields the mean square of the gradient dL/dx, of each minibatch."""
     for i, h, y, tell in minibatches:
         clock = part.updates
         h = feed_forward(part.layers, h)

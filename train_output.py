@@ -3,7 +3,7 @@
     python train_output.py                      # 24 -> 12 -> 1, listens on 127.0.0.1:5002
 
 train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and how many updates
-layer 1 had made. It trains in a loop on what has arrived so far, the newest first. The true
+layer 1 had made. It trains in a loop on what has arrived so far, the last arrival first. The true
 gradients g = dL/dh that its backprop gives there go to oracle.py, fire-and-forget. With
 train_input.py --gradients delayed they go back to the input trainer: --oracle-server
 127.0.0.1:5003.
@@ -18,7 +18,7 @@ from sgd import HIDDEN, backprop, feed_forward, loss, loss_gradient, make_layers
 DEFAULTS = dict(
     layers=[24, 12, 1], learning_rate=0.1, momentum=0.9, decay=200_000, batch_size=100,
     keep=20_000,  # examples that are stored, the newest ones
-    replay=8,     # times that each of them is trained on again
+    replay=8,     # times that each of them is trained on again, on average
     seed=0, checkpoint_seconds=5, oracle_server="127.0.0.1:5001", progress_dir="output_progress",
     resume=False)
 

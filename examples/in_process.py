@@ -29,7 +29,7 @@ from sgd import make_layers, minibatches, schedule, test_score
 
 
 class Link:
-    """One cut: what the part below it throws and asks, what the part above it does, the oracle."""
+    """One cut: the part above it, the oracle, and what the part below calls, throw and gradient."""
 
     def __init__(self, args, layers, k, kind, highest):
         width, self.kind = len(layers[0].w), kind

@@ -188,7 +188,7 @@ def make_app(process, status, args):
 def message(kind, **widths):
     """The fields of the request that is being answered, which must be a `kind`."""
     body = flask.request.get_data(cache=False)
-    flask.g.values = b'"values"' in body  # whoever spells out arrays gets them spelled out
+    flask.g.values = b'"values"' in body  # then the answer has values, too
     return decode(body, kind, **widths)
 
 
