@@ -12,8 +12,9 @@ written to any more.
 
     queue                   holds at most                      beyond that
     Outbox, going up        4 · staleness minibatches,
-                            at most 20,000 examples            the oldest is dropped, and counted
-    Outbox, to the oracle   the part's --keep examples         the oldest is dropped, and counted
+                            at most THROWN examples            the oldest is dropped, and counted
+    Outbox, to the oracle   the part's --keep examples,
+                            at most THROWN                     the oldest is dropped, and counted
     Outbox.kept             as its queue                       the oldest is not thrown again
     Arrivals.waiting        BACKLOG examples, or 2 minibatches the oldest is left to replay, counted
     Arrivals.questions      2 · THREADS                        503, so that it is asked again
@@ -46,6 +47,8 @@ from plumbing.posting import Outbox, Poster
 from plumbing.wire import NoAnswer, Refused, encode, rows_per_message
 from synthgrad import Examples, OracleClient, PartClient, Question, encode_weights
 
+THROWN = 20_000  # examples that an Outbox holds at most
+
 
 class LowerEnd:
     """The lower end of a link: what a part needs of the part and the oracle above it.
@@ -62,7 +65,7 @@ class LowerEnd:
         self.from_above, self.from_oracle = (
             partial(serving.until_answered, who=who, stop=stop, patience=args.patience)
             for who in (self.name, self.oracle_name))
-        self.outbox = Outbox(min(4 * args.staleness * args.batch_size, 20_000), per_message=1)
+        self.outbox = Outbox(min(4 * args.staleness * args.batch_size, THROWN), per_message=1)
         self.poster = Poster(self.outbox, thrower.training_examples, self.name)
         self.bounded = BoundedStaleness(
             delayed_answer or self.ask_oracle, args.staleness,
@@ -125,7 +128,7 @@ class UpperEnd:
         self.args, self.part, self.network = args, part, None
         self.arrivals = Arrivals(Replay(args.keep, args.replay), args.batch_size, rng)
         self.oracle = oracle = OracleClient(oracle_server, args.token)
-        self.outbox = Outbox(max_rows=args.keep, per_message=1)
+        self.outbox = Outbox(min(args.keep, THROWN), per_message=1)
         self.poster = Poster(self.outbox, oracle.provide_gradients, f"the oracle at {oracle.url}")
         self.checkpoint, self.loss = runs.Checkpoint(args.progress_dir), None
         self.resumed = False  # from a checkpoint

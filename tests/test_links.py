@@ -375,6 +375,8 @@ def test_what_waits_is_bounded(tmp_path):
         lower.throw(INDICES, H, Y, clock)
     assert sum(len(each[0]) for each in lower.outbox.queue) == 4 * 20 * 4
     assert lower.outbox.counters()["dropped"] == 4000 - 4 * 20 * 4
+    assert make_upper(tmp_path, keep=100).outbox.max_rows == 100
+    assert make_upper(tmp_path, keep=10**6).outbox.max_rows == links.THROWN
 
 
 # ---- where gradients come from ----

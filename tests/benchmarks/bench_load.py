@@ -6,6 +6,7 @@ keeps answering.
 import argparse
 import contextlib
 import http.client
+import itertools
 import tempfile
 import threading
 import time
@@ -21,10 +22,12 @@ from tests.processes import Three, wait_until
 CLIENTS, ROWS, WIDTH = 20, 1000, 24
 
 
-def flood(port, path, body, until, accepted):
-    """One client: the same message again and again; appends how many examples were accepted."""
+def flood(port, path, columns, numbers, until, accepted):
+    """One client: sends new examples all the time; appends how many were accepted."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     while time.monotonic() < until:
+        i = ROWS * next(numbers) + np.arange(ROWS)
+        body = encode(i=i, clock=i, **columns)
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         response.read()
@@ -34,12 +37,11 @@ def flood(port, path, body, until, accepted):
 
 
 def messages():
-    """One for the output trainer and one for the oracle, of a training's sizes and magnitudes."""
+    """What one to the output trainer and one to the oracle hold besides i and clock: as large as in
+    a training."""
     rng = np.random.default_rng(0)
-    i, h = rng.integers(0, 190_000, ROWS), rng.random((ROWS, WIDTH), "f")
-    y = rng.normal(size=(ROWS, 1)).astype("f")
-    g = 0.01 * rng.normal(size=(ROWS, WIDTH)).astype("f")
-    return encode(i=i, h=h, y=y, clock=i), encode(i=i, h=h, y=y, clock=i, gradients=g)
+    examples = {"h": rng.random((ROWS, WIDTH), "f"), "y": rng.normal(size=(ROWS, 1)).astype("f")}
+    return examples, examples | {"gradients": 0.01 * rng.normal(size=(ROWS, WIDTH)).astype("f")}
 
 
 def resources(three):
@@ -52,7 +54,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=60, help="(%(default)s)")
     seconds = parser.parse_args().seconds
     examples, gradients = messages()
-    accepted = {"/training_examples": [], "/provide_gradients": []}
+    accepted, numbers = {"/training_examples": [], "/provide_gradients": []}, itertools.count()
     with (tempfile.TemporaryDirectory() as name,
           Three(name, input=[*DATA, "--num-epochs", 10**6]) as three):
         three.start()
@@ -61,9 +63,9 @@ def main():
         until = time.monotonic() + seconds
         kinds = [("output", "/training_examples", examples),
                  ("oracle", "/provide_gradients", gradients)]
-        threads = [threading.Thread(target=flood, args=(three.port(who), path, body, until,
-                                                        accepted[path]))
-                   for who, path, body in kinds * (CLIENTS // 2)]
+        threads = [threading.Thread(target=flood, args=(three.port(who), path, columns, numbers,
+                                                        until, accepted[path]))
+                   for who, path, columns in kinds * (CLIENTS // 2)]
         for thread in threads:
             thread.start()
         client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
