@@ -64,7 +64,7 @@ def draw_surface(figure, weights, row, _=None):
     tall = is_tall(figure)
     axes = figure.subplots(*((2, 1) if tall else (1, 2)), sharex=True, sharey=True)
     learned = feed_forward(layers_from_weights(weights), GRID.reshape(-1, 2))
-    score = next(column for column in row if column.startswith("test_"))
+    score = runs.score_of(row)
     name = f"learned output, {CURVES[score][0]} {row[score]:.4f}\n{progress_of(row)}"
     for ax, values, title in zip(axes, (learned.reshape(GRID.shape[:2]), target(GRID)),
                                  (name, "target"), strict=True):

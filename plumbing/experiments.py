@@ -28,7 +28,7 @@ def main(argv):
     print("layer 1's gradients, last held-out score, seconds of training")
     for name, folder in zip(EXPERIMENTS, folders, strict=True):
         row = runs.read_rows(folder)[-1]
-        score = next(column for column in row if column.startswith("test_"))
+        score = runs.score_of(row)
         print(f"{name:10} {score} {float(row[score]):.4f} {float(row['seconds']):6.1f}")
     return drawn.returncode
 

@@ -132,7 +132,7 @@ class Progress:
 
     def verdict(self):
         """[a line about a run that has learned nothing], or []."""
-        name = next(column for column in self.columns if column.startswith("test_"))
+        name = score_of(self.columns)
         untrained = float(self.rows[0]["examples"]) == 0
         first, last = (float(self.rows[n][name]) if n or untrained else np.inf for n in (0, -1))
         guess = float(self.options.get("constant_guess", np.inf))
@@ -143,6 +143,11 @@ class Progress:
                 f"that {best}; try a lower --learning-rate or more epochs" + (
                     ", or an oracle that sees y (--condition-on-labels)"
                     if "gradient_cosine" in self.columns else "")]
+
+
+def score_of(columns):
+    """The name of the column that holds the held-out score: test_mse, test_error, ..."""
+    return next(column for column in columns if column.startswith("test_"))
 
 
 def snapshots(folder):
