@@ -60,7 +60,8 @@ def load(x_path, y_path, held_out=None):
     if not 0 < held_out < len(x):
         raise ValueError(f"--held-out must be from 1 to {len(x) - 1}, because {x_path} holds "
                          f"{len(x)} examples")
-    x, y, split = x.astype(np.float32), targets(y, y_path).astype(np.float32), len(x) - held_out
+    x = x.astype(np.float32, order="C")  # a file may hold its columns one after the other
+    y, split = targets(y, y_path).astype(np.float32), len(x) - held_out
     return Data(x[:split], y[:split], x[split:], y[split:])
 
 

@@ -195,6 +195,12 @@ def test_other_data_has_another_digest(tmp_path):
     assert len(set(digests)) == 4 and load(tmp_path).digest == digests[0]
 
 
+def test_a_file_that_holds_its_columns_one_after_the_other_is_the_same_data(tmp_path):
+    paths = save(tmp_path, np.asfortranarray(X), Y)
+    assert np.load(paths[0]).flags.f_contiguous
+    assert data.load(*paths).digest == load(tmp_path).digest
+
+
 def test_sgd_prints_the_warnings_at_its_start(tmp_path, monkeypatch, capsys):
     paths = save(tmp_path, 100 * X, Y)
     monkeypatch.setattr(sys, "argv", ["sgd.py", *map(str, paths), "--num-epochs", "1",
