@@ -124,9 +124,9 @@ class UpperEnd:
     belongs to the training loop.
     """
 
-    def __init__(self, args, part, rng, oracle_server):
+    def __init__(self, args, part, rng, oracle_server, replay=0):
         self.args, self.part, self.network = args, part, None
-        self.arrivals = Arrivals(Replay(args.keep, args.replay), args.batch_size, rng)
+        self.arrivals = Arrivals(Replay(args.keep, replay), args.batch_size, rng)
         self.oracle = oracle = OracleClient(oracle_server, args.token)
         self.outbox = Outbox(min(args.keep, THROWN), per_message=1)
         self.poster = Poster(self.outbox, oracle.provide_gradients, f"the oracle at {oracle.url}")

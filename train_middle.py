@@ -18,7 +18,7 @@ from synthgrad import PartClient
 
 DEFAULTS = dict(
     layers=[24, 12], learning_rate=30.0, momentum=0.0, decay=5000, warm_up=1000, batch_size=100,
-    keep=2000, replay=0, staleness=20, patience=600, seed=0, output_server="127.0.0.1:5002",
+    keep=2000, staleness=20, patience=600, seed=0, output_server="127.0.0.1:5002",
     oracle_server="127.0.0.1:5011", progress_dir="middle_progress", resume=False,
     checkpoint_seconds=5)
 
@@ -28,13 +28,11 @@ def train(part, minibatches, learning_rate, momentum, throw, gradient):
     for i, h, y, tell in minibatches:
         clock = part.updates
         h = feed_forward(part.layers, h)
-        if tell:                                    # replayed activations are not thrown upwards
-            throw(i, h, y, clock)
+        throw(i, h, y, clock)                       # to the part above, fire-and-forget
         g = gradient(i, h, y, clock)                # the upper oracle's guess, centered
         g = backprop(part.layers, g)
         part.descend(learning_rate(clock), momentum)
-        if tell:
-            tell(g)                                 # to the lower oracle
+        tell(g)                                     # to the lower oracle
         yield np.square(g).mean()
 
 

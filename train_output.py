@@ -40,7 +40,7 @@ def main(args, stop):
     locked = runs.lock(args.progress_dir)         # until this function returns  # noqa: F841
     rng = np.random.default_rng([args.seed, 2])
     layers = make_layers(args.layers, rng, input_mean=HIDDEN.mean)
-    below = UpperEnd(args, Part(layers), rng, args.oracle_server)
+    below = UpperEnd(args, Part(layers), rng, args.oracle_server, args.replay)
     below.resume()
     below.open(args.layers)
     app = serving.make_app("output trainer", below.status, args)
