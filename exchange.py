@@ -193,9 +193,9 @@ class BoundedStaleness:
             if time.monotonic() - self.thrown_at > THROW_AGAIN:
                 self.thrown_at = time.monotonic()
                 self.throw_again(learned if from_here else None)
-            news = "none" if learned is None else f"the newest is of update {learned}"
-            raise NoAnswer(f"true gradients that it has learned from: {news}; this part has made "
-                           f"{clock} updates, --staleness is {self.bound}: is all above running?")
+            news = "none has come yet" if learned is None else f"the newest is of update {learned}"
+            raise NoAnswer(f"no true gradient is new enough: {news}, this part is at update "
+                           f"{clock}, --staleness is {self.bound}; is all above running?")
         self.recent.append((staleness, time.perf_counter() - asked))
         return g
 

@@ -10,6 +10,28 @@ PAUSE = 0.004    # seconds between posts: what is thrown meanwhile shares one re
 TRY_AGAIN = 0.5  # seconds until a post that failed is followed by the next one
 
 
+class Newest(collections.deque):
+    """Minibatches, which are tuples of columns: the newest that have at most `max_rows` examples
+    together, and always the last one."""
+
+    def __init__(self, max_rows):
+        self.max_rows, self.rows = max_rows, 0
+
+    def append(self, columns):
+        """Returns how many examples were dropped for it."""
+        super().append(columns)
+        self.rows += len(columns[0])
+        dropped = 0
+        while self.rows > self.max_rows and len(self) > 1:
+            dropped += len(self.popleft()[0])
+        return dropped
+
+    def popleft(self):
+        columns = super().popleft()
+        self.rows -= len(columns[0])
+        return columns
+
+
 class Outbox:
     """What was thrown at another process, fire-and-forget: nobody waits for it to be posted.
 
@@ -19,8 +41,8 @@ class Outbox:
     """
 
     def __init__(self, max_rows, per_message):
-        self.max_rows, self.per_message = max_rows, per_message
-        self.queue, self.kept = collections.deque(), collections.deque()  # kept: to throw again
+        self.per_message = per_message
+        self.queue, self.kept = Newest(max_rows), Newest(max_rows)  # kept: to throw again
         self.changed, self.closing = threading.Condition(), False
         self.thrown = self.sent = self.dropped = 0
 
@@ -29,7 +51,6 @@ class Outbox:
         with self.changed:
             self._append(columns)
             self.kept.append(columns)
-            self._trim(self.kept)
 
     def throw_again(self, after):
         """Throw once more what is newer than the clock `after`; all that is kept if it is None."""
@@ -40,16 +61,9 @@ class Outbox:
                     self._append(columns)
 
     def _append(self, columns):
-        self.queue.append(columns)
         self.thrown += len(columns[0])
-        self.dropped += self._trim(self.queue)
+        self.dropped += self.queue.append(columns)
         self.changed.notify()
-
-    def _trim(self, minibatches):
-        excess, removed = sum(len(each[0]) for each in minibatches) - self.max_rows, 0
-        while removed < excess and len(minibatches) > 1:
-            removed += len(minibatches.popleft()[0])
-        return removed
 
     def next_message(self):
         """Waits for minibatches and takes the oldest that fit into a message, at least one.

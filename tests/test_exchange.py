@@ -136,6 +136,13 @@ def test_what_still_waits_is_not_thrown_twice_and_what_is_kept_is_bounded():
     assert thrown_again(outbox, None) == list(range(10, 20))
 
 
+def test_a_minibatch_larger_than_the_bound_is_still_thrown():
+    outbox = Outbox(max_rows=10, per_message=1000)
+    for clock in range(2):
+        outbox.throw(*columns(range(12), clock=clock))
+    assert outbox.next_message()[3].tolist() == [1] * 12 and outbox.counters()["dropped"] == 12
+
+
 def test_with_minibatches_of_one_everything_lost_in_flight_is_thrown_again_at_once():
     """--batch-size 1 --staleness 250: the oracle needs 125 examples, so one alone helps nobody."""
     outbox = Outbox(max_rows=4 * 250 * 1, per_message=1000)
@@ -466,11 +473,11 @@ def test_staleness_and_latency_are_medians_and_95th_percentiles():
 
 def test_what_it_waits_for_is_said_with_the_numbers():
     oracle = Oracle(bound=7, learned=3)
-    with pytest.raises(NoAnswer, match=r"of update 3; .* made 11 updates, --staleness is 7"):
+    with pytest.raises(NoAnswer, match=r"of update 3, .* at update 11, --staleness is 7"):
         oracle.bounded(*columns([0])[:3], 11)
     oracle = Oracle(bound=0)
     assert oracle.ask(0)
-    with pytest.raises(NoAnswer, match="learned from: none"):
+    with pytest.raises(NoAnswer, match="none has come yet"):
         oracle.bounded(*columns([0])[:3], 1)
 
 

@@ -47,7 +47,8 @@ def options(tmp_path, **changed):
 def make_upper(tmp_path, **changed):
     args = options(tmp_path, **changed)
     part = Part(make_layers(args.layers, np.random.default_rng(0)))
-    upper = links.UpperEnd(args, part, np.random.default_rng(1), args.oracle_server)
+    upper = links.UpperEnd(args, part, np.random.default_rng(1), args.oracle_server,
+                           args.replay)
     upper.open(args.layers)
     return upper
 
@@ -375,8 +376,8 @@ def test_what_waits_is_bounded(tmp_path):
         lower.throw(INDICES, H, Y, clock)
     assert sum(len(each[0]) for each in lower.outbox.queue) == 4 * 20 * 4
     assert lower.outbox.counters()["dropped"] == 4000 - 4 * 20 * 4
-    assert make_upper(tmp_path, keep=100).outbox.max_rows == 100
-    assert make_upper(tmp_path, keep=10**6).outbox.max_rows == links.THROWN
+    assert make_upper(tmp_path, keep=100).outbox.queue.max_rows == 100
+    assert make_upper(tmp_path, keep=10**6).outbox.queue.max_rows == links.THROWN
 
 
 # ---- where gradients come from ----
