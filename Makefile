@@ -50,7 +50,7 @@ $(BENCHES): x.npy $(VENV)/tests-ready
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
 x.npy: $(VENV)/ready
-	test -e x.npy -a -e y.npy || $(BIN)/python generate.py
+	test -e x.npy -o -e y.npy || $(BIN)/python generate.py
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,7 +64,7 @@ $(VENV)/tests-ready: $(VENV)/ready tests/requirements.txt
 clean:
 	rm -rf progress progress.[0-9]* output_progress middle[0-9]*_progress middle_progress try \
 	  sgd_progress sgd_progress.[0-9]* synthetic_plots learning.gif guesses.gif \
-	  learning_curves.png target.png x.npy y.npy benchmarks .pytest_cache .hypothesis .ruff_cache
+	  learning_curves.png .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 .PHONY: run chain try lint test test-fast mutants sgd plots clean $(BENCHES)

@@ -4,8 +4,8 @@
     python -m plumbing.launch x.npy y.npy --parts 2-24 24-12 12-1  # `make chain`
 
 The run ends when any process but the live page ends. Ctrl-C stops the input trainer first,
-because its last snapshot needs the others. A second Ctrl-C stops all at once. All other options
-go to train_input.py.
+because its last snapshot needs the others. A second Ctrl-C stops all of them at the same time.
+What has not ended after 30 s is killed. All other options go to train_input.py.
 """
 import argparse
 import itertools
@@ -48,7 +48,7 @@ def parse(argv):
         dest="labels", help="oracles see y, which is K wide; 0: they do not (a chain's do)")
     add("--first-port", type=options.number(int, 1, 65000), default=5001,
         help="the lowest oracle's; the others' follow (%(default)s)")
-    add("--port", type=options.number(int, 1, 65535), help="the input trainer's (5003)")
+    add("--port", type=options.number(int, 1, 65535), help="the input trainer's (--first-port + 2)")
     args, args.rest = parser.parse_known_args(argv)
     if len(args.parts) < 2:
         parser.error("--parts takes two or more parts, like 2-24 24-12-1")
@@ -183,7 +183,9 @@ def catch_signals():
     """
     caught = []
     for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), lambda number, _: caught.append(number))
+        number = getattr(signal, name)
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, lambda number, _: caught.append(number))
     return caught
 
 

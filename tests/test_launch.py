@@ -199,6 +199,20 @@ def test_a_signal_ends_the_run_with_a_last_snapshot(number, tmp_path, small_data
     assert '"ended": "stopped"' in (tmp_path / "progress" / "run.json").read_text()
 
 
+def test_after_nohup_a_terminal_that_closes_does_not_end_the_run():
+    before = {number: signal.getsignal(number)
+              for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        caught = launch.catch_signals()
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.processes
 def test_a_second_interrupt_does_not_wait_for_the_last_snapshot(tmp_path, small_data):
     with Launched(tmp_path, *small_data, *ENDLESS) as launched:
