@@ -190,7 +190,7 @@ def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
 
     Random numbers come from streams [seed, n]: 1 for the lowest part (here for all layers), 2 for
     the highest, 3 for the oracle, 4 with the epoch for this, 5 for layer 1's shuffled gradients, 6
-    with its widths for a middle part.
+    with its widths for a middle part, so that two of the same widths start alike.
     """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):
@@ -225,7 +225,7 @@ def main():
     data.add_options(parser)
     parser.add_argument("--decay", type=options.number(float, 0, 1), default=0.997,
                         help="factor on the learning rate after each epoch (%(default)s)")
-    args = parser.parse_args()
+    args = options.parse(parser)
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
         data.check_columns(loaded, args.layers)

@@ -68,9 +68,9 @@ class Report:
         for old, new in zip(self.updates_above or updates, updates, strict=True):
             if new < old:
                 say(f"a part above went back from {old} updates to {new}: its trainer was "
-                    "restarted from an older checkpoint or from none. To undo that, stop that "
-                    "trainer, rename the newest checkpoint.N.npz in its --progress-dir to "
-                    "checkpoint.npz, and start it with --resume")
+                    "restarted. If that was without --resume, undo it: stop that trainer, rename "
+                    "the newest checkpoint.N.npz in its --progress-dir to checkpoint.npz, and "
+                    "start it with --resume")
         self.updates_above = updates
         counts.update(waits=link.bounded.waits, waited=link.bounded.waited)
         checkpoint.save(self.layers, **self.same, **counts)

@@ -123,13 +123,13 @@ def make_parser():
     same = "learning_rate", "momentum", "decay", "warm_up", "batch_size", "seed"
     parser = options.make_parser(
         __doc__, layers=[2, 24, 12, 1], num_epochs=8, staleness=1000, keep=theirs["keep"],
-        **{name: mine[name] for name in same})
+        replay=theirs["replay"], **{name: mine[name] for name in same})
     data.add_options(parser)
     add = parser.add_argument
     add("--cuts", type=int, nargs="+", default=[1], help="layers below each cut (%(default)s)")
     add("--gradients", choices=train_input.GRADIENTS, default="synthetic", help="(%(default)s)")
-    add("--delay", type=int, default=6, help="updates until a true gradient arrives (%(default)s)")
-    add("--replay", type=float, default=theirs["replay"], help="of the highest part (%(default)s)")
+    add("--delay", type=options.number(int, 0), default=6,
+        help="updates until a true gradient arrives (%(default)s)")
     add("--output-rate", type=float, default=theirs["learning_rate"],
         help="learning rate of the highest part (%(default)s)")
     add("--output-momentum", type=float, default=theirs["momentum"], help="(%(default)s)")
@@ -143,7 +143,7 @@ def make_parser():
 
 def main():
     parser = make_parser()
-    args = parser.parse_args()
+    args = options.parse(parser)
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
         data.check_columns(loaded, args.layers)
@@ -151,6 +151,10 @@ def main():
         if not 0 < args.cuts[0] <= args.cuts[-1] < len(args.layers) - 1 or args.cuts != sorted(
                 set(args.cuts)):
             raise ValueError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")
+        least = oracle.STEPS * args.batch_size / oracle.DEFAULTS["keep"]
+        if args.oracle_replay < least:
+            raise ValueError("with this --batch-size the oracle would never train: --oracle-replay "
+                             f"must be at least {least:g}")
         print(data.describe(loaded))
         for updates, score, *_ in tqdm(run(args, loaded), total=args.num_epochs, unit="epoch"):
             tqdm.write(f"{updates:6} updates, held-out {loaded.score[5:]} {score:.4f}")

@@ -33,8 +33,8 @@ SHARED = {
     "seed": dict(type=number(int, 0), help="random seed (%(default)s)"),
     "keep": dict(type=number(int, 1), help="newest examples to train on (%(default)s)"),
     "replay": dict(type=number(float, 0), help="training draws per new example (%(default)s)"),
-    "staleness": dict(type=number(int, 1), help="updates that this part may be ahead of the true "
-                                                "gradients that came back (%(default)s)"),
+    "staleness": dict(type=number(int, 1), help="updates that a gradient may be late; then this "
+                                                "part waits (%(default)s)"),
     "patience": dict(type=number(float, 0), help="seconds to wait for a process (%(default)s)"),
     "oracle_server": dict(help="where the oracle is (%(default)s)"),
     "output_server": dict(help="where the part above is (%(default)s)"),
@@ -63,7 +63,8 @@ def parse(parser):
     if len(getattr(args, "layers", (1, 1))) < 2:
         parser.error("--layers takes two or more widths")
     with one_line_errors(parser):
-        token = read_token(args.token_file) if args.token_file else None
+        path = getattr(args, "token_file", None)
+        token = read_token(path) if path else None
     return argparse.Namespace(**vars(args), token=token)
 
 

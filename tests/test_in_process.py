@@ -347,13 +347,15 @@ def test_the_cut_parts_are_the_whole_networks_layers(loaded, silent):
     assert all(layer.activation is HIDDEN for layer in layers[:-1])
 
 
-@pytest.mark.parametrize("cuts", [["0"], ["3"], ["2", "1"], ["1", "1"]])
-def test_cuts_that_cut_nothing_are_one_line(cuts, small_data, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["in_process.py", *map(str, small_data), "--cuts", *cuts])
+@pytest.mark.parametrize(("bad", "expected"), [
+    *((f"--cuts {cuts}", "--cuts must rise from 1 to 2 at most")
+      for cuts in ("0", "3", "2 1", "1 1")),
+    ("--batch-size 1000", "--oracle-replay must be at least 5"), ("--delay -1", "at least 0")])
+def test_what_cannot_work_is_one_line(bad, expected, small_data, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["in_process.py", *map(str, small_data), *bad.split()])
     with pytest.raises(SystemExit) as ended:
         in_process.main()
-    assert ended.value.code == 2
-    assert "--cuts must rise from 1 to 2 at most" in capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_command_prints_a_line_per_epoch(small_data, silent, monkeypatch, capsys):

@@ -247,6 +247,12 @@ def test_sgd_that_diverges_says_so_in_one_line_and_ends_with_code_1(
     assert "diverged" in runs.read_json(tmp_path / "run" / "run.json")["ended"]
 
 
+def test_a_network_without_a_layer_is_refused(tmp_path, small_data, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_sgd(monkeypatch, *small_data, "--layers", 2, "--progress-dir", tmp_path / "run")
+    assert ended.value.code == 2 and "two or more widths" in capsys.readouterr().err
+
+
 def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path):
     x, y = sample(50, 0)
     wide = x[:, [0, 0, 1]]
