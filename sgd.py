@@ -1,7 +1,7 @@
 """Plain SGD with hand-written backprop: the baseline, and the file to read first.
 
     python generate.py                     # makes x.npy and y.npy
-    python sgd.py x.npy y.npy              # 100 epochs, a quarter of an hour; writes sgd_progress/
+    python sgd.py x.npy y.npy              # 100 epochs, 25 minutes; writes sgd_progress/
 
 The symbols are the same here, in the README and in the protocol:
 
