@@ -39,6 +39,10 @@ class Link:
         self.arrivals = Arrivals(Replay(args.keep, replay), args.batch_size, rng)
         self.late = collections.deque()     # true gradients on their way to the oracle
         self.examples = Replay(oracle.DEFAULTS["keep"], args.oracle_replay)
+        least = oracle.STEPS * args.batch_size / self.examples.keep
+        if kind not in ("true", "delayed") and args.oracle_replay < least:
+            raise ValueError("with this --batch-size the oracle would never train: --oracle-replay "
+                             f"must be at least {least:g}")
         self.rng = np.random.default_rng([args.seed, 3, width])
         self.oracle = oracle.Oracle([width + self.labels, *args.oracle_layers, width],
                                     args.oracle_rate, args.batch_size, args.seed)
@@ -151,10 +155,6 @@ def main():
         if not 0 < args.cuts[0] <= args.cuts[-1] < len(args.layers) - 1 or args.cuts != sorted(
                 set(args.cuts)):
             raise ValueError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")
-        least = oracle.STEPS * args.batch_size / oracle.DEFAULTS["keep"]
-        if args.oracle_replay < least:
-            raise ValueError("with this --batch-size the oracle would never train: --oracle-replay "
-                             f"must be at least {least:g}")
         print(data.describe(loaded))
         for updates, score, *_ in tqdm(run(args, loaded), total=args.num_epochs, unit="epoch"):
             tqdm.write(f"{updates:6} updates, held-out {loaded.score[5:]} {score:.4f}")

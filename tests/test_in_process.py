@@ -358,6 +358,10 @@ def test_what_cannot_work_is_one_line(bad, expected, small_data, monkeypatch, ca
     assert ended.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_where_no_oracle_is_asked_it_need_not_train(loaded, silent):
+    trained(loaded, "--gradients", "delayed", "--batch-size", 1000, "--num-epochs", 1)
+
+
 def test_the_command_prints_a_line_per_epoch(small_data, silent, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["in_process.py", *map(str, small_data), "--num-epochs", "2"])
     in_process.main()
