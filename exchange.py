@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plumbing.wire import NoAnswer
+from plumbing.errors import NoAnswer
 from sgd import descend
 
 THROW_AGAIN = 0.5  # seconds between two times that a waiting part throws its minibatches again

@@ -12,6 +12,7 @@ plot.py calls target() to draw the function beside what was learned.
 from pathlib import Path
 
 from plumbing import options  # first, see there
+from plumbing.errors import UserError, file_errors
 import numpy as np
 
 
@@ -37,7 +38,7 @@ def digits(path):
     """MNIST: x (n, 784) float32 from 0 to 1, y (n,) int64, and how many of the last examples are
     its own test set.
 
-    ValueError if Keras cannot download it, or if the file is not in its form.
+    UserError if Keras cannot download it, or if the file is not in its form.
     """
     names = "x_train", "y_train", "x_test", "y_test"
     if path:
@@ -47,7 +48,7 @@ def digits(path):
         except OSError:
             raise
         except Exception as error:  # a damaged header raises whatever Python's tokenizer raises
-            raise ValueError(f"{path}: expected an .npz file of {', '.join(names)} "
+            raise UserError(f"{path}: expected an .npz file of {', '.join(names)} "
                              f"({error})") from None
     else:
         from keras.datasets import mnist
@@ -55,7 +56,7 @@ def digits(path):
             (x, y), (x_test, y_test) = mnist.load_data()
         except Exception as error:  # whatever the downloader raises
             reason = f"{error} ".splitlines()[0][:100]
-            raise ValueError("MNIST cannot be downloaded here; --digits FILE.npz takes it from a "
+            raise UserError("MNIST cannot be downloaded here; --digits FILE.npz takes it from a "
                              f"file in the form of Keras' mnist.npz ({reason})") from None
     x = np.concatenate([x, x_test]).reshape(-1, x[0].size).astype(np.float32) / 255
     return x, np.concatenate([y, y_test]).astype(np.int64), len(x_test)
@@ -92,7 +93,7 @@ def main():
     args = parser.parse_args()
     from matplotlib.figure import Figure
     figure = Figure((5.6, 4.6), layout="constrained")
-    with options.one_line_errors(parser):
+    with options.one_line_errors(parser), file_errors():
         if args.digits is None:
             x, y = sample(args.num_examples, args.seed)
             draw_target(figure)

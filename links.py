@@ -44,7 +44,8 @@ import numpy as np
 from exchange import Arrivals, BoundedStaleness, Replay
 from plumbing import runs, say, serving
 from plumbing.posting import Outbox, Poster
-from plumbing.wire import NoAnswer, Refused, encode, rows_per_message
+from plumbing.errors import Diverged, NoAnswer, Refused, UserError
+from plumbing.wire import encode, rows_per_message
 from synthgrad import Examples, OracleClient, PartClient, Question, encode_weights
 
 THROWN = 20_000  # examples that an Outbox holds at most
@@ -103,7 +104,7 @@ class LowerEnd:
             serving.check_partner(oracle, self.width, k, self.oracle_name)
             ahead = min(self.args.staleness * self.args.batch_size, above.backlog)
             if oracle.needs > ahead:
-                raise ValueError(
+                raise UserError(
                     f"the oracle needs {oracle.needs} new gradients before it trains again, but "
                     f"only {ahead} come before this part waits for it (--staleness times "
                     "--batch-size, or the backlog of the part above); a larger --replay of "
@@ -207,7 +208,7 @@ class UpperEnd:
             with np.errstate(all="ignore"):
                 for value in map(float, losses):
                     if not np.isfinite(value):
-                        raise FloatingPointError(f"{what} diverged; try a lower --learning-rate")
+                        raise Diverged(f"{what} diverged; try a lower --learning-rate")
                     old = value if self.loss is None else self.loss
                     self.loss = old + 0.01 * (value - old)  # over the last hundred or so
         except FloatingPointError:

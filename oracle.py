@@ -19,7 +19,8 @@ import flask
 import numpy as np
 
 from exchange import BACKLOG, Replay
-from plumbing.wire import Refused, encode
+from plumbing.errors import Diverged, Refused, UserError
+from plumbing.wire import encode
 from synthgrad import Gradients, Question
 
 DEFAULTS = dict(
@@ -115,7 +116,7 @@ class Oracle:
         with tf.device("CPU"):
             value, weights = self.step((h - mean) / deviation, g / scale)
         if not value < 1e6:  # NaN, too
-            raise FloatingPointError("the oracle diverged; try a lower --learning-rate")
+            raise Diverged("the oracle diverged; try a lower --learning-rate")
         self.updates += STEPS
         # Only recent arrivals count, because a trainer that was resumed has an older clock. BACKLOG
         # of them, because the part above takes its last arrival first and older ones later.
@@ -152,12 +153,12 @@ def model_input(h, y, labels):
 
 def main(args, stop):
     if args.layers[0] != args.layers[-1]:
-        raise ValueError(f"--layers {args.layers}: the first and the last must be equal, the width "
-                         "of h and of dL/dh")
+        raise UserError(f"--layers {args.layers}: the first and the last must be equal, the width "
+                        "of h and of dL/dh")
     per_call = STEPS * args.batch_size  # examples
     if per_call > args.keep * args.replay:
-        raise ValueError(f"--keep times --replay must be at least {STEPS} times --batch-size, the "
-                         "examples that it trains on at a time")
+        raise UserError(f"--keep times --replay must be at least {STEPS} times --batch-size, the "
+                        "examples that it trains on at a time")
     listener = serving.listen(args)
     width, labels = args.layers[0], args.condition_on_labels
     examples = Replay(args.keep, args.replay)

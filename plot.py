@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from generate import target
+from plumbing.errors import UserError, file_errors
 from sgd import feed_forward, layers_from_weights
 
 AXIS = np.linspace(-1, 1, 121, dtype=np.float32)
@@ -37,7 +38,7 @@ LINES = "-", "--", ":", *((0, (6, 2) + (1, 2) * dots) for dots in range(1, 19))
 STYLES = [(COLORS[n % 7], LINES[n // 21 * 3 + n % 3]) for n in range(147)]
 
 
-class NotDrawable(ValueError):
+class NotDrawable(UserError):
     """There is no picture of this kind of such a run. Says why."""
 
 
@@ -244,9 +245,9 @@ def main():
         from plumbing import live, serving
         serving.run(lambda args, stop: live.main(draw_live, args, stop), parser)
     folders = list(dict.fromkeys(args.runs)) or runs_here()
-    with options.one_line_errors(parser):
+    with options.one_line_errors(parser), file_errors():
         if not folders:
-            raise ValueError("no folder here holds a run; train_input.py and sgd.py write them")
+            raise UserError("no folder here holds a run; train_input.py and sgd.py write them")
         args.out.mkdir(parents=True, exist_ok=True)
         names = [Path(folder).name for folder in folders]
         named = {name if names.count(name) == 1 else folder: folder

@@ -21,6 +21,8 @@ from plumbing import data, options, runs  # first, see there
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.errors import Diverged
+
 # ---- activations: to add a hidden one, write a class like Sigmoid and name it in HIDDEN ----
 
 
@@ -256,7 +258,7 @@ def run(args, loaded, progress):
                 epoch += 1
                 reached = test_score(layers, x_test, y_test)
                 if not np.isfinite(sum(layer.w.sum() for layer in layers)):
-                    raise FloatingPointError(
+                    raise Diverged(
                         f"diverged in epoch {epoch}; try a lower --learning-rate")
                 weights = [(layer.w, layer.b) for layer in layers]
                 progress.write(weights, epoch=epoch, examples=examples, **{loaded.score: reached},

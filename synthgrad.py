@@ -29,8 +29,9 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from plumbing.wire import (Client, Integers, Malformed, Matrix, NoAnswer, Vector, encode,
-                           json_to_ndarray, ndarray_to_json)
+from plumbing.errors import NoAnswer
+from plumbing.wire import (Client, Integers, Malformed, Matrix, Vector, encode, json_to_ndarray,
+                           ndarray_to_json)
 
 
 class Question(msgspec.Struct, forbid_unknown_fields=True):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from exchange import Delayed, gradient_source
 from links import LowerEnd
-from plumbing.wire import NoAnswer, Refused
+from plumbing.errors import NoAnswer, Refused
 from sgd import (HIDDEN, backprop, descend, feed_forward, layers_from_weights, loss_gradient,
                  make_layers, minibatches, schedule, test_score)
 from synthgrad import Gradients

@@ -13,6 +13,7 @@ import numpy as np
 
 from exchange import Part, gradient_source
 from links import LowerEnd, UpperEnd
+from plumbing.errors import UserError
 from sgd import HIDDEN, backprop, feed_forward, make_layers, schedule
 from synthgrad import PartClient
 
@@ -45,7 +46,7 @@ def main(args, stop):
     above = LowerEnd(args, stop)
     gradient = gradient_source(args.gradients, above.bounded, above.ask_above, rng)
     if above.has_oracle and above.oracle.url == below.oracle.url:
-        raise ValueError(f"{above.oracle.url} is given as the oracle below and as the one above; "
+        raise UserError(f"{above.oracle.url} is given as the oracle below and as the one above; "
                          "each link needs its own: --oracle-server names the one above, "
                          "--lower-oracle-server the one below")
     below.resume()

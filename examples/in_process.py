@@ -24,7 +24,7 @@ import train_input
 import train_middle
 import train_output
 from exchange import Arrivals, BoundedStaleness, Delayed, Part, Replay, gradient_source
-from plumbing.wire import NoAnswer
+from plumbing.errors import NoAnswer, UserError
 from sgd import make_layers, minibatches, schedule, test_score
 
 
@@ -41,7 +41,7 @@ class Link:
         self.examples = Replay(oracle.DEFAULTS["keep"], args.oracle_replay)
         least = oracle.STEPS * args.batch_size / self.examples.keep
         if kind not in ("true", "delayed") and args.oracle_replay < least:
-            raise ValueError("with this --batch-size the oracle would never train: --oracle-replay "
+            raise UserError("with this --batch-size the oracle would never train: --oracle-replay "
                              f"must be at least {least:g}")
         self.rng = np.random.default_rng([args.seed, 3, width])
         self.oracle = oracle.Oracle([width + self.labels, *args.oracle_layers, width],
@@ -154,7 +154,7 @@ def main():
         data.check_targets(loaded, args.layers[-1], "--layers")
         if not 0 < args.cuts[0] <= args.cuts[-1] < len(args.layers) - 1 or args.cuts != sorted(
                 set(args.cuts)):
-            raise ValueError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")
+            raise UserError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")
         print(data.describe(loaded))
         for updates, score, *_ in tqdm(run(args, loaded), total=args.num_epochs, unit="epoch"):
             tqdm.write(f"{updates:6} updates, held-out {loaded.score[5:]} {score:.4f}")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing import MAX_MAGNITUDE
+from plumbing.errors import FileError, UserError
 
 WIDE = 20  # inputs or targets beyond ± this train badly
 
@@ -45,20 +46,20 @@ def add_options(parser):
 def load(x_path, y_path, held_out=None):
     """The Data in two files. Integers in y.npy are class labels and become one-hot.
 
-    Raises ValueError or OSError that says what was wrong, what was expected, and how to get there.
+    Raises UserError that says what was wrong, what was expected, and how to get there.
     """
     x, y = read(x_path), read(y_path)
     if y.shape == (len(y), 1):
         y = y[:, 0]  # what many tools write
     if x.ndim != 2 and len(x) == len(y):
         cure = "x[:, None]" if x.ndim == 1 else "x.reshape(len(x), -1)"
-        raise ValueError(f"{x_path} has shape {x.shape}; expected (n, columns): save {cure}")
+        raise UserError(f"{x_path} has shape {x.shape}; expected (n, columns): save {cure}")
     if x.ndim != 2 or y.shape != x.shape[:1] or len(x) < 20:
-        raise ValueError(f"{x_path} has shape {x.shape} and {y_path} {y.shape}; expected "
+        raise UserError(f"{x_path} has shape {x.shape} and {y_path} {y.shape}; expected "
                          "(n, columns) and (n,) with the same n, at least 20")
     held_out = len(x) // 20 if held_out is None else held_out
     if not 0 < held_out < len(x):
-        raise ValueError(f"--held-out must be from 1 to {len(x) - 1}, because {x_path} holds "
+        raise UserError(f"--held-out must be from 1 to {len(x) - 1}, because {x_path} holds "
                          f"{len(x)} examples")
     x = x.astype(np.float32, order="C")  # a file may hold its columns one after the other
     y, split = targets(y, y_path).astype(np.float32), len(x) - held_out
@@ -70,22 +71,21 @@ def read(path):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} not found: `python generate.py` makes x.npy and y.npy") from None
-    except OSError:
-        raise
+        raise FileError(f"{path} not found: `python generate.py` makes x.npy and y.npy") from None
+    except OSError as error:
+        raise FileError(str(error)) from None
     except Exception:  # a damaged header raises whatever Python's tokenizer raises
         array = None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiubUS":
-        raise ValueError(f"{path}: expected a NumPy .npy file that holds an array of numbers")
+        raise UserError(f"{path}: expected a NumPy .npy file that holds an array of numbers")
     if array.dtype.kind in "US":
-        raise ValueError(f"{path} holds strings; expected numbers: save array.astype(float), or of "
+        raise UserError(f"{path} holds strings; expected numbers: save array.astype(float), or of "
                          "class names np.unique(array, return_inverse=True)[1]")
     if not array.ndim or not array.size:
-        raise ValueError(f"{path} has shape {array.shape}; expected at least 20 examples")
+        raise UserError(f"{path} has shape {array.shape}; expected at least 20 examples")
     # min and max as Python numbers: |−2⁶³| overflows an int64, and a million overflows a float16
     if not -MAX_MAGNITUDE <= array.min().item() <= array.max().item() <= MAX_MAGNITUDE:
-        raise ValueError(f"{path}: holds NaN, infinity or numbers beyond a million; expected "
+        raise UserError(f"{path}: holds NaN, infinity or numbers beyond a million; expected "
                          "smaller ones, near 1 at best")
     return array
 
@@ -96,7 +96,7 @@ def targets(y, path):
         return y[:, None]
     classes = np.unique(y)
     if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
-        raise ValueError(
+        raise UserError(
             f"{path} holds integers from {classes[0]} to {classes[-1]}. Integers are class labels: "
             "expected 0 … k − 1, each at least once. If they are labels, save "
             "np.unique(y, return_inverse=True)[1]; if they are numbers, y.astype(float)")
@@ -104,20 +104,20 @@ def targets(y, path):
 
 
 def check_columns(data, layers):
-    """ValueError unless the --layers of the lowest part fit x."""
+    """UserError unless the --layers of the lowest part fit x."""
     columns = data.x.shape[1]
     if layers[0] != columns:
         cure = " ".join(map(str, [columns, *layers[1:]]))
-        raise ValueError(
+        raise UserError(
             f"--layers begins with {layers[0]}, but x has {columns} columns: --layers {cure}")
 
 
 def check_targets(data, width, who):
-    """ValueError unless an output of this width fits y. `who` names the option or the network."""
+    """UserError unless an output of this width fits y. `who` names the option or the network."""
     k = data.y.shape[1]
     if width != k:
         means = "numbers" if k == 1 else f"labels of {k} classes"
-        raise ValueError(f"{who} ends with {width}, but y holds {means}: it must end with {k}")
+        raise UserError(f"{who} ends with {width}, but y holds {means}: it must end with {k}")
 
 
 def describe(data):

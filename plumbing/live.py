@@ -12,7 +12,8 @@ import flask
 import msgspec
 
 from plumbing import runs, say, serving
-from plumbing.wire import Client, NoAnswer, Refused
+from plumbing.errors import NoAnswer, Refused
+from plumbing.wire import Client
 
 TIMEOUT = 2                    # seconds to wait for a process
 NO_ORACLE = "true", "delayed"  # the values of --gradients with which no oracle is asked
@@ -24,7 +25,7 @@ class Process:
 
     def __init__(self, address, token, kind=None):
         self.address, self.token, self.kind, self.further = address, token, kind, kind is None
-        Client(address)  # ValueError if it is no address
+        Client(address)  # UserError if it is no address
 
     @property
     def name(self):

@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from plumbing.errors import Diverged, UserError, file_errors
+
 
 def number(kind, least, most=math.inf):
     """For argparse: a finite number within bounds."""
@@ -69,23 +71,21 @@ def parse(parser):
 
 
 def read_token(path):
-    """The secret in a file. ValueError unless a bearer header can carry it (RFC 6750)."""
-    token = path.read_text().strip()
+    """The secret in a file. UserError unless a bearer header can carry it (RFC 6750)."""
+    with file_errors():
+        token = path.read_text().strip()
     if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
-        raise ValueError(f"{path}: expected a secret of letters, digits and . _ ~ + / -")
+        raise UserError(f"{path}: expected a secret of letters, digits and . _ ~ + / -")
     return token
 
 
 @contextlib.contextmanager
 def one_line_errors(parser):
-    """Exit with one line about what went wrong: code 1 if training diverged, 2 if something was
-    wrong, 130 after Ctrl-C."""
-    from plumbing.wire import Refused
+    """Exit with one line about a UserError: code 1 if training diverged, else 2; 130 after Ctrl-C.
+    Any other error is one of the code, and keeps its traceback."""
     try:
         yield
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    except (ValueError, OSError, Refused) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    except UserError as error:
+        parser.exit(1 if isinstance(error, Diverged) else 2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,45 +9,49 @@ from pathlib import Path
 import numpy as np
 
 from plumbing import say
+from plumbing.errors import Diverged, FileError, UserError, file_errors
 
 
 def save(path, **arrays):
     """An .npz file that appears whole or not at all."""
-    with open(f"{path}.tmp", "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(file.name, path)
+    with file_errors():
+        with open(f"{path}.tmp", "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(file.name, path)
 
 
 def save_text(path, text):
     """A text file that appears whole or not at all."""
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    with file_errors():
+        with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, path)
 
 
 def load(path):
-    """The arrays of an .npz file. ValueError if it is not a whole one."""
+    """The arrays of an .npz file. UserError if it is not a whole one."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # a damaged header raises whatever Python's tokenizer raises
-        raise ValueError(f"{path} is not a whole file of arrays ({error})") from None
+        raise UserError(f"{path} is not a whole file of arrays ({error})") from None
 
 
 def lock(folder):
     """Claims a folder until what this returns is closed, at most until this process ends.
 
-    ValueError if another process is writing to it (noticed where there is fcntl: not on Windows).
+    UserError if another process is writing to it (noticed where there is fcntl: not on Windows).
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / "lock", "a")  # noqa: SIM115, it stays open
+    with file_errors():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / "lock", "a")  # noqa: SIM115, it stays open
     with contextlib.suppress(ImportError):
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise ValueError(f"another process is writing to {folder}; --progress-dir chooses "
+            raise UserError(f"another process is writing to {folder}; --progress-dir chooses "
                              "another folder") from None
     return file
 
@@ -64,7 +68,7 @@ class Progress:
     """Writes metrics.csv, a row per snapshot, snapshot_000042.npz, the whole network, and run.json.
 
     An earlier run in the folder is moved to FOLDER.1, or the next free number, unless `resume` is
-    given: then rows are appended to it. ValueError if the folder holds anything else, or if another
+    given: then rows are appended to it. UserError if the folder holds anything else, or if another
     process is writing to it.
     """
 
@@ -73,7 +77,7 @@ class Progress:
         found = {path.name for path in self.folder.glob("*")}
         if found - {"lock", "run.json.tmp"}:  # which a start leaves behind where the disk is full
             if "run.json" not in found:
-                raise ValueError(f"{folder} holds something other than a run; --progress-dir "
+                raise UserError(f"{folder} holds something other than a run; --progress-dir "
                                  "chooses another folder")
             lock(self.folder).close()  # before the folder is renamed, which Windows asks for
             if not resume:
@@ -157,13 +161,13 @@ def snapshots(folder):
 
 def read_snapshot(path):
     """The weights [(w, b), ...] of a snapshot, a dict of its numbers, and one of the arrays of its
-    probe, which may be empty. ValueError if it is torn."""
+    probe, which may be empty. UserError if it is torn."""
     arrays = load(path)
     probe = {name[6:]: arrays.pop(name) for name in list(arrays) if name.startswith("probe_")}
     weights = [(arrays.pop(f"w{n}"), arrays.pop(f"b{n}"))
                for n in range(1, 1 + len(arrays) // 2) if f"w{n}" in arrays and f"b{n}" in arrays]
     if not weights or any(array.ndim for array in arrays.values()):
-        raise ValueError(f"{path} is not a snapshot")
+        raise UserError(f"{path} is not a snapshot")
     return weights, {name: array.item() for name, array in arrays.items()}, probe
 
 
@@ -189,7 +193,7 @@ def read_metrics(folder):
     """metrics.csv as a dict of arrays, column -> (rows,). Cells that are no numbers become NaN."""
     rows = read_rows(folder)
     if not (Path(folder) / "metrics.csv").exists():
-        raise FileNotFoundError(f"{folder} holds no metrics.csv")
+        raise FileError(f"{folder} holds no metrics.csv")
 
     def number(cell):
         try:
@@ -209,18 +213,19 @@ class Checkpoint:
         self.path = Path(folder) / "checkpoint.npz"
 
     def save(self, layers, **numbers):
-        """FloatingPointError if the layers are not finite: then the last checkpoint is kept."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Diverged if the layers are not finite: then the last checkpoint is kept."""
+        with file_errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"{part}{n}": getattr(layer, part) for n, layer in enumerate(layers)
                   for part in self.PARTS}
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise FloatingPointError("this part diverged; try a lower --learning-rate")
+            raise Diverged("this part diverged; try a lower --learning-rate")
         save(self.path, **arrays, **numbers)
 
     def resume(self, layers, **same):
         """Fills the layers and returns the numbers: {} where there is no checkpoint.
 
-        ValueError if the layers differ, or one of the numbers that must be the `same`.
+        UserError if the layers differ, or one of the numbers that must be the `same`.
         """
         if not self.path.exists():
             say(f"no {self.path}: starting afresh")
@@ -231,11 +236,11 @@ class Checkpoint:
         fits = all(array is not None and array.shape == getattr(*where).shape
                    for where, array in parts.items())
         if not fits or any(array.ndim for array in arrays.values()):
-            raise ValueError(f"--resume: {self.path} is of a run with other --layers")
+            raise UserError(f"--resume: {self.path} is of a run with other --layers")
         numbers = {name: array.item() for name, array in arrays.items()}
         for name, value in same.items():
             if numbers.pop(name, value) != value:
-                raise ValueError(f"--resume: {self.path} is of a run with another {name}; give the "
+                raise UserError(f"--resume: {self.path} is of a run with another {name}; give the "
                                  "same one, or start a new run without --resume")
         for where, array in parts.items():
             setattr(*where, array)

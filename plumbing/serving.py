@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 from urllib.parse import urlsplit
 
@@ -20,7 +21,8 @@ from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 
 from plumbing import options, say
-from plumbing.wire import MAX_BODY, Malformed, NoAnswer, Refused, decode, rows_per_message
+from plumbing.errors import Diverged, NoAnswer, Refused, UserError
+from plumbing.wire import MAX_BODY, Malformed, decode, rows_per_message
 
 LOOPBACK = "127.0.0.1", "localhost", "::1"
 CONNECTIONS = 64         # at a time; each may send MAX_BODY bytes, which waitress keeps in a file
@@ -95,31 +97,31 @@ class Reporter:
 
 
 def check_batch(batch_size, width, k):
-    """ValueError unless a minibatch with its gradients fits into a message."""
+    """UserError unless a minibatch with its gradients fits into a message."""
     if batch_size > (most := rows_per_message(2 * width + k)):
-        raise ValueError(f"--batch-size must be at most {most}, so that it fits into a message")
+        raise UserError(f"--batch-size must be at most {most}, so that it fits into a message")
 
 
 def check_partner(status, width, k, name):
-    """ValueError unless the status of the part or the oracle above a cut of `width` fits it and y
-    of `k`. ValueError, too, if this process is above that one."""
+    """UserError unless the status of the part or the oracle above a cut of `width` fits it and y
+    of `k`. UserError, too, if this process is above that one."""
     if status.layers[0] != width:
-        raise ValueError(f"the --layers of {name} begin with {status.layers[0]}, ours end "
+        raise UserError(f"the --layers of {name} begin with {status.layers[0]}, ours end "
                          f"with {width}")
     if status.condition_on_labels not in (0, k or status.condition_on_labels):
-        raise ValueError(f"{name} was started with --condition-on-labels "
+        raise UserError(f"{name} was started with --condition-on-labels "
                          f"{status.condition_on_labels}; y has a width of {k}")
     if ID in status.ids:
-        raise ValueError(f"{name} has this process above it: the parts form a cycle. "
+        raise UserError(f"{name} has this process above it: the parts form a cycle. "
                          "--output-server is the address of the next part towards the output")
 
 
 def check_unused(partners):
-    """ValueError unless nobody in {name: status} has made an update yet."""
+    """UserError unless nobody in {name: status} has made an update yet."""
     used = [f"{name} (at {each.updates} updates)" for name, each in partners.items()
             if each.updates]
     if used:
-        raise ValueError(f"{' and '.join(used)} took part in an earlier run, or in one that goes "
+        raise UserError(f"{' and '.join(used)} took part in an earlier run, or in one that goes "
                          "on: restart what is named, or continue that run with --resume")
 
 
@@ -169,7 +171,7 @@ def make_app(process, status, args):
         if isinstance(error, Refused):
             login = {"WWW-Authenticate": "Basic"} if error.status == 401 else {}
             return {"error": str(error)}, error.status, login
-        for kind, code in ((Malformed, 400), (FloatingPointError, 409), (NoAnswer, 503)):
+        for kind, code in ((Malformed, 400), (Diverged, 409), (NoAnswer, 503)):
             if isinstance(error, kind):  # NoAnswer is of a process that this one asked
                 return {"error": str(error)}, code
         if isinstance(error, HTTPException):
@@ -197,14 +199,14 @@ def as_json(body):
 
 
 def listen(args):
-    """The socket on which serve() will answer. OSError when the port is taken."""
+    """The socket on which serve() will answer. UserError when the port is taken."""
     try:
         found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
         family, *_, address = min(found)  # IPv4 first
         return socket.create_server(address, family=family, backlog=1024)
     except OSError as error:
-        raise OSError(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Is another run "
-                      "still going? Stop it, or choose another --port") from None
+        raise UserError(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Is another "
+                        "run still going? Stop it, or choose another --port") from None
 
 
 def serve(app, listener, args):
@@ -242,6 +244,7 @@ def serve(app, listener, args):
 
 def run(main, parser):
     """Parse, run main(args, stop), exit with 0, with 130 after Ctrl-C, or as one_line_errors().
+    After an error of the code: with its traceback and 1.
 
     Nobody waits for the threads that still answer requests. If one of them is in C++ code (a
     picture, TensorFlow), it would abort the process while Python shuts down. So the process ends
@@ -254,6 +257,9 @@ def run(main, parser):
         code = stop.exit_code
     except SystemExit as error:
         code = error.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

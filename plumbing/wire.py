@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from urllib3.util import parse_url
 
 from plumbing import MAX_MAGNITUDE
+from plumbing.errors import Diverged, NoAnswer, Refused, UserError
 
 MAX_BODY = 2**25        # bytes of a request; what is thrown is put into messages of half of that
 MAX_VALUES = 2**20      # bytes of an array that is spelled out in "values", which is for people
@@ -37,18 +38,6 @@ AnyArray = Array[Annotated[list[Count], msgspec.Meta(max_length=8)],
 
 class Malformed(ValueError):
     """A message is not what it must be. Says where, and what was expected. A server answers 400."""
-
-
-class Refused(Exception):
-    """A server raises it to answer with `status`, 4xx or 503; a client when answered 4xx."""
-
-    def __init__(self, message, status):
-        super().__init__(message)
-        self.status = status
-
-
-class NoAnswer(ConnectionError):
-    """No answer came in time, or one that is rubbish or too old. Asking again may help."""
 
 
 def ndarray_to_json(array, values=False):
@@ -85,13 +74,13 @@ def json_to_ndarray(message, dtype="float32"):
 def encode(values=False, **fields):
     """A message as bytes; with `values` its arrays are spelled out.
 
-    What decode() would refuse for its magnitude is never sent: raises FloatingPointError.
+    What decode() would refuse for its magnitude is never sent: raises Diverged.
     """
     for name, value in fields.items():
         if isinstance(value, np.ndarray):
             if value.dtype.kind == "f" and not (np.abs(value) <= MAX_MAGNITUDE).all():  # nor is NaN
-                raise FloatingPointError(f"{name} is not finite, or beyond {MAX_MAGNITUDE:g}: "
-                                         "diverged; try a lower --learning-rate")
+                raise Diverged(f"{name} is not finite, or beyond {MAX_MAGNITUDE:g}: "
+                               "diverged; try a lower --learning-rate")
             fields[name] = ndarray_to_json(value, values)
     return msgspec.json.encode(fields)
 
@@ -153,7 +142,7 @@ class Client:
             if address.scheme != "http" or not address.host or not (address.port or self.port):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"{server}: expected a server's address like "
+            raise UserError(f"{server}: expected a server's address like "
                              f"127.0.0.1:{self.port or 5003}") from None
         self.url, self.timeout = f"http://{address.host}:{address.port or self.port}", timeout
         self.session = requests.Session()

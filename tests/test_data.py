@@ -7,6 +7,7 @@ import pytest
 import sgd
 from generate import sample
 from plumbing import data
+from plumbing.errors import FileError
 from tests.conftest import save
 from tests.processes import start
 
@@ -149,7 +150,7 @@ def test_held_out_must_leave_something_on_both_sides(held_out, tmp_path):
 
 
 def test_a_missing_file_names_what_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="generate.py` makes x.npy"):
+    with pytest.raises(FileError, match="generate.py` makes x.npy"):
         data.load(tmp_path / "x.npy", tmp_path / "y.npy")
 
 

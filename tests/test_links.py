@@ -15,7 +15,8 @@ import train_output
 from exchange import BoundedStaleness, Part
 from plumbing import data, runs, serving
 from plumbing.posting import Outbox
-from plumbing.wire import MAX_BODY, NoAnswer, Refused, encode, json_to_ndarray
+from plumbing.errors import FileError, NoAnswer, Refused, UserError
+from plumbing.wire import MAX_BODY, encode, json_to_ndarray
 from sgd import HIDDEN, backprop, feed_forward, loss_gradient, make_layers
 from synthgrad import Status
 from tests.test_in_process import differ, same
@@ -271,7 +272,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_tried_again(
 
 
 def disk_full(*_):
-    raise OSError(28, "No space left on device")
+    raise FileError("[Errno 28] No space left on device")
 
 
 @pytest.mark.parametrize("trainer", [train_output, train_middle])
@@ -282,7 +283,7 @@ def test_a_start_on_a_port_that_is_taken_touches_no_checkpoint(trainer, tmp_path
     args = options(tmp_path, layers=[3, 2], lower_oracle_server="127.0.0.1:2", warm_up=0)
     with serving.listen(args) as taken:
         args.port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{args.port}.*another run"):
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{args.port}.*another run"):
             trainer.main(args, False)
     assert [path.name for path in first.checkpoint.path.parent.iterdir()] == ["checkpoint.npz"]
 

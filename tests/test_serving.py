@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from plumbing import live, options, serving
-from plumbing.wire import MAX_BODY, NoAnswer, Refused, encode, rows_per_message
+from plumbing.errors import Diverged, FileError, NoAnswer, Refused, UserError
+from plumbing.wire import MAX_BODY, encode, rows_per_message
 from synthgrad import Question
 
 JSON = {"Content-Type": "application/json"}
@@ -33,7 +34,7 @@ def make_app(**changed):
     def ask():
         h, _ = serving.message(Question, h=3)
         if h[0, 0] == 1:
-            raise FloatingPointError("diverged")
+            raise Diverged("diverged")
         if h[0, 0] == 2:
             raise NoAnswer("the part above is gone")
         if h[0, 0] == 3:
@@ -341,9 +342,9 @@ def test_a_line_now_and_then_only_if_there_were_updates(monkeypatch, capsys, clo
 def test_a_port_that_is_taken_is_one_error_with_the_address():
     with serving.listen(args()) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: .*another run"):
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: .*another run"):
             serving.listen(args(port=port))
-    with pytest.raises(OSError, match="cannot listen on no.such.host.invalid:5001"):
+    with pytest.raises(UserError, match="cannot listen on no.such.host.invalid:5001"):
         serving.listen(args(host="no.such.host.invalid", port=5001))
 
 
@@ -356,7 +357,7 @@ def test_the_largest_batch_that_is_allowed_fits_into_a_message():
 
 
 @pytest.mark.parametrize("error, code", [
-    (FloatingPointError("diverged"), 1), (ValueError("bad"), 2), (OSError("full"), 2),
+    (Diverged("diverged"), 1), (UserError("bad"), 2), (FileError("full"), 2),
     (NoAnswer("gone"), 2), (Refused("no", 400), 2), (KeyboardInterrupt(), 130)])
 def test_whatever_ends_a_program_is_one_line_and_a_code(error, code, capsys):
     parser = argparse.ArgumentParser("program.py")
@@ -367,14 +368,24 @@ def test_whatever_ends_a_program_is_one_line_and_a_code(error, code, capsys):
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize("error", [ValueError("operands could not be broadcast"), OSError(9, "odd"),
+                                   FloatingPointError("overflow"), KeyError("w1")])
+def test_an_error_of_the_code_keeps_its_traceback(error):
+    with pytest.raises(type(error)) as raised, options.one_line_errors(argparse.ArgumentParser()):
+        raise error
+    assert raised.value is error
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("ending, code", [("", 0), ("; raise ValueError('bad')", 2)])
+@pytest.mark.parametrize("ending, code", [
+    ("", 0), ("; raise UserError('bad')", 2), ("; raise ValueError('bad')", 1)])
 def test_a_process_ends_while_a_thread_still_works(ending, code):
     """Such a thread may be in C++ code, which aborts the process if Python shuts down (seen with
     the live page). One that is not a daemon is waited for if Python shuts down."""
     program = f"""
 import argparse, threading
 from plumbing import serving
+from plumbing.errors import UserError
 def main(*_):
     threading.Thread(target=threading.Event().wait).start()
     print("said", end=""){ending}
