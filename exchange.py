@@ -1,69 +1,50 @@
-"""What asynchrony adds to SGD: arrivals, replay, and gradients with bounded staleness.
+"""What asynchrony adds to SGD: replay, bounded staleness, and where a part's gradient comes from.
 
-    Arrivals          above          what to train on next: the newest arrival first, else replay
     Replay            above, oracle  the newest examples, and how often each may be trained on
-    BoundedStaleness  below          asks for a gradient, and waits while the answer is too old
-    Delayed           below          true gradients of earlier minibatches, instead of guesses
-    centered          below          guesses and late gradients without their mean
-    gradient_source   below          chooses where a gradient comes from
+    BoundedStaleness  below          waits while what is known above is too old
+    Synthetic         below          the oracle's guesses
+    Shuffled          below          the same, each example with another one's guess
+    Delayed           below          true gradients of earlier minibatches, when they come back
+    Locked            below          the true gradient of this minibatch, which it waits for
+    Local             below          the gradient of a small network of its own that predicts y
+    Zero              below          none: the part stays as drawn
 
 "below" and "above" are the parts of the network below and above a cut. Nothing here depends on how
-messages travel: examples/in_process.py uses plain function calls, the trainers use HTTP. The
-columns of a minibatch are i, h, y and clock, see synthgrad.py.
+messages travel. A source of gradients is given a `link`, see links.LowerEnd. SOURCES names the
+values of --gradients; what differs between them stands in these classes and nowhere else.
 """
 import collections
 import threading
 import time
-from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from plumbing.errors import NoAnswer
-from sgd import descend
+from sgd import HIDDEN, backprop, descend, feed_forward, make_layers, schedule, task_of
 
 THROW_AGAIN = 0.5  # seconds between two times that a waiting part throws its minibatches again
-BACKLOG = 800      # examples that may wait to be trained on
-
-
-class Part:
-    """A part of the network. The training loop alone writes to it; other threads call weights()."""
-
-    def __init__(self, layers, updates=0):
-        self.layers, self.updates, self.lock = layers, updates, threading.Lock()
-
-    def descend(self, learning_rate, momentum):
-        with self.lock:  # so that nobody reads half an update, or its weights with another's number
-            descend(self.layers, learning_rate, momentum)
-            self.updates += 1
-
-    def weights(self):
-        """[(w, b), ...], copied, and how many updates made them."""
-        with self.lock:
-            return [(layer.w.copy(), layer.b.copy()) for layer in self.layers], self.updates
+SEEN = 20_000      # minibatches that are remembered at least, so that each counts once
 
 
 class Replay:
     """The newest `keep` examples. Each one that arrives allows `replay` draws of any of them.
 
     At most `replay` draws per stored example are saved up. So training stops soon after news stops,
-    and does not overfit. What is thrown again is recognised and counts once. Servers' threads add,
-    the training loop draws.
+    and does not overfit. Servers' threads add, the training loop draws.
     """
 
     def __init__(self, keep, replay):
         self.keep, self.replay, self.changed = keep, replay, threading.Condition()
-        self.columns, self.received, self.drawn, self.allowed = None, 0, 0, 0.0
-        self.seen, self.remember = {}, max(keep, 20_000)  # keys; the newest are last
+        self.columns, self.received, self.drawn, self.allowed, self.fresh = None, 0, 0, 0.0, 0
+        self.seen = {}  # (start, clock) of minibatches, the newest last; at most 2 · SEEN
 
-    def is_new(self, i, h, clock):
-        """(batch,) bool. A resumed run has the same i and clock again, but another h: it is new."""
+    def is_new(self, start, clock):
+        """Whether this minibatch comes for the first time: what is thrown again counts once."""
         with self.changed:
-            keys = list(map(hash, zip(i.tolist(), clock.tolist(), h[:, 0].tolist(), strict=True)))
-            new = np.array([key not in self.seen for key in keys])
-            self.seen.update(dict.fromkeys(keys))
-            if len(self.seen) > 2 * self.remember:
-                self.seen = dict.fromkeys(list(self.seen)[-self.remember:])
+            new = (start, clock) not in self.seen
+            self.seen[start, clock] = None
+            if len(self.seen) > 2 * SEEN:
+                self.seen = dict.fromkeys(list(self.seen)[-SEEN:])
             return new
 
     def add(self, *columns):
@@ -76,22 +57,27 @@ class Replay:
             slots = np.arange(self.received, self.received + n)[-self.keep:] % self.keep
             for stored, column in zip(self.columns, columns, strict=True):
                 stored[slots] = column[-self.keep:]
-            self.received += n
+            self.received, self.fresh = self.received + n, self.fresh + n
             self.allowed = min(self.allowed + self.replay * n, self.replay * self.keep)
             self.changed.notify()
 
-    def draw(self, count, rng, seconds=0):
-        """`count` rows of each column, with replacement, and how many have arrived since each one.
-        None if so many are not allowed within so many seconds."""
+    def draw(self, count, rng, seconds=0, newest_first=False):
+        """`count` rows of each column, drawn with replacement. None if so many are not allowed
+        within so many seconds. With `newest_first` all that arrived since the last draw comes
+        first, the newest in row 0, so that no news can be missed by chance."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.allowed >= count, seconds):
                 return None
             self.allowed -= count
             self.drawn += count
-            ages = rng.integers(min(self.received, self.keep), size=count)
+            stored = min(self.received, self.keep)
+            ages = rng.integers(stored, size=count)
+            if newest_first:
+                fresh = np.arange(min(self.fresh, stored, count))
+                ages[:len(fresh)], self.fresh = fresh, 0
             rows = (self.received - 1 - ages) % self.keep
             # mode="clip" makes take() twice as fast as columns[rows]
-            return [*(each.take(rows, axis=0, mode="clip") for each in self.columns), ages]
+            return [each.take(rows, axis=0, mode="clip") for each in self.columns]
 
     def counters(self):
         with self.changed:
@@ -99,105 +85,53 @@ class Replay:
                     "drawn": self.drawn}
 
 
-class Minibatch(NamedTuple):
-    """What a part above trains on. tell(g) passes its gradient on; None where h is replayed."""
-    i: np.ndarray
-    h: np.ndarray
-    y: np.ndarray
-    tell: object = None
-
-
-class Arrivals:
-    """What a part above trains on, in a loop: the last arrival first, however old, else replay.
-
-    At most `backlog` examples wait, or two minibatches. Beyond that the oldest minibatch is
-    skipped: it stays in the replay set only. Gradients at replayed activations are not passed on.
-    Those come from layers that have changed since, and an oracle that learned from them would
-    mislead the present ones.
-    """
-
-    def __init__(self, replay, batch_size, rng, backlog=BACKLOG):
-        self.replay, self.batch_size, self.rng = replay, batch_size, rng
-        self.backlog = max(backlog, 2 * batch_size)
-        self.waiting, self.questions, self.skipped = collections.deque(), collections.deque(), 0
-        self.changed = replay.changed
-
-    def add(self, i, h, y, clock, tell, again):
-        """In a server's thread. tell(i, h, y, clock, g) passes gradients on. again(after) is called
-        where examples have come before: their gradients may have been lost on the way."""
-        new = self.replay.is_new(i, h, clock)
-        if not new.all():
-            again(int(clock[~new].min()) - 1)
-            i, h, y, clock = (column[new] for column in (i, h, y, clock))
-        for k in range(0, len(i), self.batch_size):
-            columns = [column[k:k + self.batch_size] for column in (i, h, y, clock)]
-            with self.changed:
-                self.waiting.append(Minibatch(*columns[:3], partial(tell, *columns)))
-                while len(self.waiting) > 2 and sum(len(w.h) for w in self.waiting) > self.backlog:
-                    self.waiting.popleft()
-                    self.skipped += 1
-                self.replay.add(*columns[1:3])
-
-    def add_question(self, h, y, tell):
-        """In a server's thread, which waits for tell(g). Questions come first; none is skipped."""
-        with self.changed:
-            self.questions.append(Minibatch(np.arange(len(h)), h, y, tell))
-            self.replay.add(h, y)
-
-    def next(self, seconds=0):
-        """The next minibatch, or None if there is none within so many seconds."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.questions or self.waiting
-                                  or self.replay.allowed >= self.batch_size, seconds)
-            if self.questions or self.waiting:
-                return self.questions.popleft() if self.questions else self.waiting.pop()
-            drawn = self.replay.draw(self.batch_size, self.rng)
-            return Minibatch(None, *drawn[:2]) if drawn else None
-
-
 class BoundedStaleness:
-    """Gradients that are at most `bound` updates old, or the part waits (Ho et al. 2013, eq. 1).
+    """What is known above is at most `bound` updates old, or the part waits (Ho et al. 2013).
 
-    answer(i, h, y, clock) -> g (batch, width), and `learned`, the clock of what g was learned from.
-    Staleness is clock − learned. An oracle that has learned nothing yet answers zeros and None;
-    then staleness counts from the first such answer. It does, too, if `learned` is later than this
-    clock, as after resuming from an older checkpoint. wait(ask) calls ask() until it no longer
-    raises NoAnswer. Meanwhile ask() has minibatches thrown again, which may have been lost.
+    ask() -> an answer, and (start, clock): the newest minibatch that is known above, or None.
+    Staleness is the part's clock minus that one. Until something of this start is known, it counts
+    from the first question. wait(attempt) calls attempt() until it no longer raises NoAnswer.
+    Meanwhile throw_again(after) throws what is newer than the clock `after`, for it may be lost.
     """
 
-    def __init__(self, answer, bound, wait, throw_again):
-        self.answer, self.bound, self.wait, self.throw_again = answer, bound, wait, throw_again
-        self.learned, self.first_seen = object(), 0   # the last answer's, and when it first came
+    def __init__(self, bound, wait, throw_again, start):
+        self.bound, self.wait, self.throw_again, self.start = bound, wait, throw_again, start
+        self.known = None                             # the newest clock of this start known above
         self.thrown_at = 0.0                          # seconds, of time.monotonic()
         self.waits, self.waited = 0, 0.0              # a count; seconds
         self.recent = collections.deque(maxlen=1000)  # staleness, and seconds to answer
 
-    def __call__(self, i, h, y, clock):
-        """h (batch, width), y (batch, k) -> g (batch, width)."""
+    def __call__(self, clock, ask):
+        self.known = clock - 1 if self.known is None else self.known
+
+        def attempt():
+            asked = time.perf_counter()
+            answer, newest = ask()
+            if newest and newest[0] == self.start:
+                self.known = max(self.known, newest[1])
+            self.check(clock, clock - self.known, self.known)
+            return answer, time.perf_counter() - asked
+        answer, seconds = self.timed(attempt)
+        self.recent.append((clock - self.known, seconds))
+        return answer
+
+    def timed(self, attempt):
+        """Wait until attempt() succeeds, and count that wait if it was one."""
         began = time.perf_counter()
-        g = self.wait(partial(self.ask, i, h, y, clock))
-        waited = time.perf_counter() - began - self.recent[-1][1]
+        answer, seconds = self.wait(attempt)
+        waited = time.perf_counter() - began - seconds
         if waited > 0.001:
             self.waits, self.waited = self.waits + 1, self.waited + waited
-        return g
+        return answer, seconds
 
-    def ask(self, i, h, y, clock):
-        """Raises NoAnswer if the gradient is too old."""
-        asked = time.perf_counter()
-        g, learned = self.answer(i, h, y, clock)
-        if learned != self.learned:
-            self.learned, self.first_seen = learned, clock
-        from_here = learned is not None and learned <= clock  # else it counts from its first answer
-        staleness = clock - (learned if from_here else self.first_seen)
+    def check(self, clock, staleness, after):
+        """NoAnswer if it exceeds the bound."""
         if staleness > self.bound:
             if time.monotonic() - self.thrown_at > THROW_AGAIN:
                 self.thrown_at = time.monotonic()
-                self.throw_again(learned if from_here else None)
-            news = "none has come yet" if learned is None else f"the newest is of update {learned}"
-            raise NoAnswer(f"no true gradient is new enough: {news}, this part is at update "
-                           f"{clock}, --staleness is {self.bound}; is all above running?")
-        self.recent.append((staleness, time.perf_counter() - asked))
-        return g
+                self.throw_again(after)
+            raise NoAnswer(f"this part is at update {clock}, what is known above is of update "
+                           f"{after}, and --staleness is {self.bound}; is all above running?")
 
     def status(self):
         recent = list(self.recent) or [(np.nan, np.nan)]
@@ -217,49 +151,140 @@ def centered(g):
     return g - g.mean(axis=0) if len(g) > 1 else g
 
 
-class Delayed:
-    """True gradients of earlier minibatches: the competitor of guesses (Huo et al. 2018).
+class Source:
+    """Where a part's gradient comes from. gradients(h, y, clock, tell) yields (g, tell) for each
+    update that can be made now: g (batch, width) and the tell() of the minibatch that it is of.
 
-    When a gradient comes back, the layers get back the x and h of the minibatch that it belongs to,
-    so that backprop applies it there. If several have come back, the oldest is next. Until one has,
-    the gradient is zero. What comes back more than `bound` updates late is dropped. Gradients are
-    centered, as guesses are. With their mean, late ones teach a deep lower part much less.
+    h (batch, width) and y (batch, k) are of the minibatch that was just thrown; None if there is
+    none, and only what has come back is asked for. layers: what a checkpoint must hold besides.
     """
+    asks_oracle = takes_back = False  # whether gradients go to an oracle, or back to this part
+    locked = False                    # whether the bound is 0, whatever --staleness says
+    rates = dict(learning_rate=2.7, momentum=0.9, warm_up=0)  # where a person gives none
+    layers = ()
 
-    def __init__(self, layers, bound):
-        self.layers, self.bound = layers, bound
-        self.memory = {}                     # clock -> i, (x, h) of each layer, which rows are due
-        self.returned = collections.deque(maxlen=2 * bound)  # (clock, i, g), which servers add
-        self.learned = None                  # the newest clock of a gradient that was applied
-
-    def add(self, i, h, y, clock, g):
-        """In a server's thread: true gradients g (batch, width), of one or more minibatches."""
-        cuts = np.flatnonzero(np.diff(clock)) + 1
-        self.returned.extend(zip(*(np.split(each, cuts) for each in (clock, i, g)), strict=True))
-
-    def answer(self, i, h, y, clock):
-        """For BoundedStaleness: g, and the newest clock that was applied."""
-        remembered = [(layer.x, layer.h) for layer in self.layers]
-        self.memory[clock] = i, remembered, np.ones(len(i), bool)
-        self.memory.pop(clock - self.bound - 1, None)
-        while self.returned:
-            (then, *_), its_i, its_g = self.returned.popleft()
-            i_then, remembered, due = self.memory.get(then, (its_i, [], np.zeros(len(its_i), bool)))
-            _, rows, theirs = np.intersect1d(i_then, its_i, return_indices=True)
-            if due[rows].any():  # what comes twice is applied once
-                for layer, (x, activations) in zip(self.layers, remembered, strict=True):
-                    layer.x, layer.h = x, activations
-                g = np.zeros_like(layer.h)
-                g[rows] = centered(its_g[theirs]) * due[rows, None]
-                due[rows], self.learned = False, max(int(then), self.learned or 0)
-                return g, self.learned
-        return np.zeros_like(h), self.learned
+    def __init__(self, link, part, k, args, rng):
+        """link: a links.LowerEnd; k: the width of y; args: of the program; rng: for what is drawn.
+        """
+        self.link, self.part, self.rng = link, part, rng
 
 
-def gradient_source(kind, guess, truth, rng):
-    """gradient(i, h, y, clock) -> g (batch, width), of the kind that --gradients names. Guesses are
-    centered."""
-    return {"synthetic": lambda *minibatch: centered(guess(*minibatch)),
-            "delayed": guess, "true": truth,
-            "zero": lambda *minibatch: 0 * guess(*minibatch),
-            "shuffled": lambda *minibatch: rng.permutation(centered(guess(*minibatch)))}[kind]
+class Synthetic(Source):
+    """The oracle's guess ĝ for the present activations (section 2), centered. The part waits for
+    the guess, but not for the true gradient."""
+    asks_oracle = True
+    rates = dict(learning_rate=30.0, momentum=0.0, warm_up=1000)
+
+    def gradients(self, h, y, clock, tell):
+        if h is not None:
+            yield centered(self.link.bounded(clock, lambda: self.link.above.guess(h, y))), tell
+
+
+class Shuffled(Synthetic):
+    """A control: each example gets the guess of another one in its minibatch."""
+
+    def gradients(self, *minibatch):
+        for g, tell in super().gradients(*minibatch):
+            yield self.rng.permutation(g), tell
+
+
+class Delayed(Source):
+    """True gradients of earlier minibatches, as a pipeline uses them (Huo et al. 2018), centered.
+
+    An update is made when a gradient has come back, and only then. All that have come back are
+    applied before the next forward pass, the oldest first. At most `bound` minibatches are on their
+    way; beyond that the part waits. What comes back twice is applied once.
+
+    The layers get back the x and h of the minibatch, but not its weights: backprop goes through
+    remembered activations and the present weights. Published pipelines remember the weights, too,
+    or compute the activations again. In the first 500 updates of a deep part the direction is the
+    same (cosine 0.998 at least).
+    """
+    takes_back = True
+    prepare = staticmethod(centered)
+
+    def __init__(self, link, part, k, args, rng):
+        super().__init__(link, part, k, args, rng)
+        self.bound, self.changed = link.bounded.bound, threading.Condition()
+        self.on_their_way = {}  # clock -> when it was thrown, its tell, (x, h) of each layer
+        self.returned = {}      # clock -> g; servers add what is on its way, the loop takes it
+
+    def add(self, start, clock, g):
+        """In a server's thread: the gradient g (batch, width) of one minibatch of this start."""
+        with self.changed:
+            if start == self.link.start and clock in self.on_their_way:
+                self.returned[clock] = g
+                self.changed.notify()
+
+    def gradients(self, h, y, clock, tell):
+        if h is not None:
+            inside = [(layer.x, layer.h) for layer in self.part.layers]
+            self.on_their_way[clock] = time.perf_counter(), tell, inside
+        yield from self.take(clock)
+        while h is not None and len(self.on_their_way) > self.bound:
+            self.link.bounded.timed(lambda: self.something_came(clock))
+            yield from self.take(clock)
+
+    def take(self, clock):
+        with self.changed:
+            came, self.returned = sorted(self.returned.items()), {}
+        for then, g in came:
+            thrown_at, tell, inside = self.on_their_way.pop(then)
+            self.link.bounded.recent.append((clock - then, time.perf_counter() - thrown_at))
+            for layer, (x, h) in zip(self.part.layers, inside, strict=True):
+                layer.x, layer.h = x, h
+            yield self.prepare(g), tell
+
+    def something_came(self, clock):
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.returned, self.link.above.news_seconds):
+                self.link.bounded.check(
+                    clock, len(self.on_their_way), min(self.on_their_way) - 1)
+        return None, 0.0
+
+
+class Locked(Delayed):
+    """The true gradient of the present minibatch: nothing may be on its way when the part goes on
+    (update-locked, section 1). Through a chain of such parts this is backprop."""
+
+    locked = True
+    prepare = staticmethod(lambda g: g)
+
+
+class Unguided(Source):
+    """A part that needs nothing from above: it only waits until the part above, which must train
+    on what it throws, is at most `bound` minibatches behind."""
+
+    def gradients(self, h, y, clock, tell):
+        if h is not None:
+            self.link.bounded(clock, lambda: (None, self.link.above.trained()))
+            yield from self.own(h, y, clock, tell)
+
+
+class Zero(Unguided):
+    """A control: no gradient and no update. The part stays as drawn."""
+
+    def own(self, *minibatch):
+        return ()
+
+
+class Local(Unguided):
+    """The gradient of a local loss (Nøkland & Eidnes 2019; Belilovsky et al. 2019): a small head
+    of the part's own predicts y from h, and is trained beside it. It needs no oracle."""
+
+    def __init__(self, link, part, k, args, rng):
+        super().__init__(link, part, k, args, rng)
+        width, self.task = len(part.layers[-1].b), task_of(k)
+        self.layers = make_layers([width, *args.head, k], rng, input_mean=HIDDEN.mean)
+        self.rate = schedule(args.head_rate, args.decay)
+        self.momentum = args.head_momentum
+
+    def own(self, h, y, clock, tell):
+        y_hat = feed_forward(self.layers, h)
+        g = backprop(self.layers, self.task.loss_gradient(y_hat, y))
+        descend(self.layers, self.rate(clock), self.momentum)
+        yield g, tell
+
+
+SOURCES = {"synthetic": Synthetic, "true": Locked, "delayed": Delayed, "local": Local,
+           "zero": Zero, "shuffled": Shuffled}

@@ -1,240 +1,192 @@
-"""The two ends of a link, over HTTP: where the algorithm meets the protocol.
+"""The two ends of a link: what the train functions call, whatever carries the messages.
 
-A link joins two neighbouring parts of the network and an oracle. Activations go up, true gradients
-go to the oracle, guesses come down. train_input.py has a LowerEnd, train_output.py an UpperEnd, and
-train_middle.py one of each. exchange.py has the algorithm of each end; this file connects it to
-synthgrad.py's messages.
+A link joins two neighbouring parts of the network. Activations go up, true gradients come down, to
+the link's oracle or to the part below. train_input.py has a LowerEnd, train_output.py an UpperEnd,
+and train_middle.py one of each. Between processes, synthgrad.py carries the messages over HTTP. In
+one process, examples/in_process.py carries them by plain calls.
 
 Threads: the training loop alone writes to weights, velocities and checkpoints. Servers' threads add
-to Arrivals, Replay, Delayed.returned and `answers`, have an Outbox throw again, and read copies of
-the weights. A Poster's thread empties its Outbox. An array that was thrown or published is not
-written to any more.
+to UpperEnd.due and .waiting, Replay and Delayed.returned, have an Outbox throw again, and read
+copies of the weights. A Poster's thread empties its Outbox. An array that was thrown or published
+is not written to any more.
 
-    queue                   holds at most                      beyond that
-    Outbox, going up        4 · staleness minibatches,
-                            at most THROWN examples            the oldest is dropped, and counted
-    Outbox, to the oracle   the part's --keep examples,
-                            at most THROWN                     the oldest is dropped, and counted
-    Outbox.kept             as its queue                       the oldest is not thrown again
-    Arrivals.waiting        BACKLOG examples, or 2 minibatches the oldest is left to replay, counted
-    Arrivals.questions      2 · THREADS                        503, so that it is asked again
-    Replay                  --keep examples                    the oldest is forgotten
-    Delayed.returned        2 · staleness minibatches          the oldest is dropped
-    requests                CONNECTIONS, THREADS, MAX_BODY     not accepted; waits; 413
+A minibatch that comes late: the part above trains on it when nothing newer waits, or only by replay
+if it was skipped. Its gradient goes to the oracle, whose guesses do not wait for it. With delayed
+gradients it is applied when it has come back, however old. What bounds its age is that the part
+below waits.
 
-    wait                    ends with
-    for another process     an answer, a refusal (4xx), a stop request, or --patience, see
-                            serving.until_answered. One try ends after 10 s without a byte
-    for a newer guess       the same. Meanwhile minibatches are thrown again every THROW_AGAIN s
-    for minibatches         news, or 0.2 s; then the loop checks whether to stop
-    for the training loop   its answer to a question, or 8 s: 503, so that it is asked again
-    for weights, by a       one try; then 503, so that it is asked again
-    middle part
-    of a Poster             something thrown, or the end; then PAUSE, or TRY_AGAIN after a failure
-    at the end              a Poster gets 5 s for what still waits
+    queue                     holds at most                      beyond that
+    Outbox                    THROWN examples                    the oldest is dropped, and counted
+    Outbox.kept               THROWN examples                    the oldest is not thrown again
+    UpperEnd.waiting          BACKLOG examples,                  the oldest is left to replay,
+                              or 2 minibatches                   and counted
+    UpperEnd.due              2 · THROWN examples                503, so that they are thrown again
+    Replay                    --keep examples                    the oldest is forgotten
+    Replay.seen               2 · SEEN minibatches               the oldest would count again
+    Delayed.on_their_way,     --staleness + 1 minibatches        the part waits
+    .returned
+    requests                  CONNECTIONS, THREADS, MAX_BODY     not accepted; waits; 413
+
+    wait                      ends with
+    for another process       an answer, a refusal (4xx), a stop request, or --patience, see
+                              process.until_answered. One try ends after 10 s without a byte
+    for news, because of      the same. Meanwhile minibatches are thrown again every THROW_AGAIN s.
+    --staleness               A setting with which news could never come is refused at the start
+    for minibatches           news, or 0.2 s; then the loop checks whether to stop
+    for weights, by a middle  one try; then 503, so that it is asked again
+    part
+    of a Poster               something thrown, or the end; then PAUSE, or TRY_AGAIN after a failure
+    at the end                a Poster gets 5 s for what still waits
 """
-import concurrent.futures
-import threading
-import time
+import collections
 from functools import partial
+from typing import NamedTuple
 
-import flask
 import numpy as np
 
-from exchange import Arrivals, BoundedStaleness, Replay
-from plumbing import runs, say, serving
-from plumbing.posting import Outbox, Poster
-from plumbing.errors import Diverged, NoAnswer, Refused, UserError
-from plumbing.wire import encode, rows_per_message
-from synthgrad import Examples, OracleClient, PartClient, Question, encode_weights
+from exchange import SOURCES, BoundedStaleness
+from plumbing.errors import Refused, UserError
+from plumbing.posting import THROWN
 
-THROWN = 20_000  # examples that an Outbox holds at most
+BACKLOG = 800  # examples that may wait to be trained on, where skipping is allowed
 
 
-class LowerEnd:
-    """The lower end of a link: what a part needs of the part and the oracle above it.
+class Minibatch(NamedTuple):
+    """What a part above trains on. tell(g) passes its gradient on; None where nobody wants it."""
+    i: np.ndarray
+    h: np.ndarray
+    y: np.ndarray
+    tell: object = None
 
-    delayed_answer(i, h, y, clock) takes the oracle's place with --gradients delayed.
-    """
 
-    def __init__(self, args, stop, delayed_answer=None):
-        self.args, self.width = args, args.layers[-1]
-        self.oracle = OracleClient(args.oracle_server, args.token)
-        self.above, thrower = (PartClient(args.output_server, args.token) for _ in range(2))
-        self.name = f"the part above at {self.above.url}"
-        self.oracle_name = f"the oracle at {self.oracle.url}"
-        self.from_above, self.from_oracle = (
-            partial(serving.until_answered, who=who, stop=stop, patience=args.patience)
-            for who in (self.name, self.oracle_name))
-        self.outbox = Outbox(min(4 * args.staleness * args.batch_size, THROWN), per_message=1)
-        self.poster = Poster(self.outbox, thrower.training_examples, self.name)
-        self.bounded = BoundedStaleness(
-            delayed_answer or self.ask_oracle, args.staleness,
-            self.from_above if delayed_answer else self.from_oracle, self.outbox.throw_again)
-        self.network = self.ids = ()  # widths and processes above the cut, once connected
-        self.has_oracle = args.gradients not in ("true", "delayed")
-
-    def ask_oracle(self, i, h, y, clock):
-        return self.oracle.estimate_gradients(h, y)
-
-    def ask_above(self, i, h, y, clock):
-        return self.from_above(lambda: self.above.true_gradients(h, y))
-
-    def throw(self, i, h, y, clock):
-        if self.args.gradients != "true":  # there the question brings them
-            self.outbox.throw(i, h, y, np.full(len(i), clock))
-
-    def connect(self, new, k=None):
-        """Wait for the part and the oracle above, check that they fit, and unless this is a resumed
-        run that they are `new`, too. k is the width of y; a middle part learns it here."""
-        def complete():
-            status = self.above.status()
-            serving.check_partner(status, self.width, k, self.name)
-            if status.network is None:
-                raise NoAnswer("it is waiting for the part above it")
-            return status
-        above = self.from_above(complete)
-        self.network, self.ids = above.network, above.ids
-        k = k or self.network[-1]
-        serving.check_batch(self.args.batch_size, self.width, k)
-        self.outbox.per_message = rows_per_message(self.width + k)
-        partners = {self.name: above}
-        if self.has_oracle:
-            oracle = partners[self.oracle_name] = self.from_oracle(self.oracle.status)
-            serving.check_partner(oracle, self.width, k, self.oracle_name)
-            ahead = min(self.args.staleness * self.args.batch_size, above.backlog)
-            if oracle.needs > ahead:
-                raise UserError(
-                    f"the oracle needs {oracle.needs} new gradients before it trains again, but "
-                    f"only {ahead} come before this part waits for it (--staleness times "
-                    "--batch-size, or the backlog of the part above); a larger --replay of "
-                    "oracle.py makes it need fewer")
-        if new:
-            serving.check_unused(partners)
-
-    def status(self):
-        return {"gradients": self.args.gradients, "bound": self.args.staleness,
-                "examples_sent": self.outbox.counters(), **self.bounded.status()}
+def minibatches_of(clock, start, *columns):
+    """Yields (start, clock, rows of each column) of each minibatch of a message. A minibatch's rows
+    follow each other, and have one clock and one start."""
+    cuts = np.flatnonzero(np.diff(clock) | np.diff(start)) + 1
+    for a, b in zip([0, *cuts], [*cuts, len(clock)], strict=True):
+        yield int(start[a]), int(clock[a]), [column[a:b] for column in columns]
 
 
 class UpperEnd:
-    """The upper end of a link: what a part does for the part below it.
+    """What has come from below: the last arrival first, however old, else replay.
 
-    It takes activations, trains on them in a loop, and throws the true gradients at the link's
-    oracle. Servers' threads run what routes() defines, locked_update() and status(). All else
-    belongs to the training loop.
+    back: where gradients are thrown, an Outbox or its like; None if nobody wants them. At most
+    BACKLOG examples wait. Beyond that the oldest minibatch is skipped: it stays in the replay set
+    only. Gradients at replayed activations are not passed on. Those come from layers that have
+    changed since, and an oracle that learned from them would mislead the present ones. Where the
+    part below waits for every gradient, nothing is skipped, and the oldest is first.
     """
 
-    def __init__(self, args, part, rng, oracle_server, replay=0):
-        self.args, self.part, self.network = args, part, None
-        self.arrivals = Arrivals(Replay(args.keep, replay), args.batch_size, rng)
-        self.oracle = oracle = OracleClient(oracle_server, args.token)
-        self.outbox = Outbox(min(args.keep, THROWN), per_message=1)
-        self.poster = Poster(self.outbox, oracle.provide_gradients, f"the oracle at {oracle.url}")
-        self.checkpoint, self.loss = runs.Checkpoint(args.progress_dir), None
-        self.resumed = False  # from a checkpoint
-        self.answers, self.asking = {}, threading.Lock()
-        self.saved, self.saved_updates, self.reporter = time.monotonic(), 0, serving.Reporter()
+    def __init__(self, replay, batch_size, rng, back=None):
+        self.replay, self.batch_size, self.rng, self.back = replay, batch_size, rng, back
+        self.due, self.waiting, self.skipped = collections.deque(), collections.deque(), 0
+        self.rows, self.trained = {"due": 0, "waiting": 0}, None  # trained: start and newest clock
+        self.changed, self.nudged = replay.changed, False
+        if replay.replay and batch_size > replay.keep * replay.replay:
+            raise UserError("--keep times --replay must be at least --batch-size, or nothing is "
+                            "ever trained on again; --replay 0 says so")
 
-    def open(self, network):
-        """Take activations from now on. network: the widths of this part and of all above it."""
-        serving.check_batch(self.args.batch_size, network[0], network[-1])
-        self.outbox.per_message = rows_per_message(2 * network[0] + network[-1])
-        self.network = network
+    def add(self, i, h, y, clock, start, every=False):
+        """In a server's thread: whole minibatches. `every`: none may be skipped."""
+        for its_start, its_clock, columns in minibatches_of(clock, start, i, h, y, clock, start):
+            if every and self.rows["due"] > 2 * THROWN:
+                raise Refused("busy: too many minibatches wait for the training loop", 503)
+            if not self.replay.is_new(its_start, its_clock):
+                if self.back is not None:  # its gradient may have been lost on the way
+                    self.back.throw_again(its_clock - 1)
+                continue
+            tell = None if self.back is None else partial(self.back.throw, *columns)
+            with self.changed:
+                self.queue("due" if every else "waiting", its_start, its_clock,
+                           Minibatch(*columns[:3], tell))
+                self.replay.add(*columns[1:3])
 
-    def resume(self):
-        """Continue from the checkpoint if --resume is given, else put an earlier run's aside."""
-        if self.args.resume:
-            numbers = self.checkpoint.resume(self.part.layers)
-            self.resumed = bool(numbers)
-            self.part.updates = self.saved_updates = numbers.get("updates", 0)
-            self.loss = numbers.get("loss")
-        else:
-            self.checkpoint.put_aside()
+    def queue(self, name, start, clock, minibatch):
+        queue = getattr(self, name)
+        queue.append((start, clock, minibatch))
+        self.rows[name] += len(minibatch.h)
+        while name == "waiting" and len(queue) > 2 and self.rows[name] > BACKLOG:
+            self.rows[name] -= len(queue.popleft()[2].h)
+            self.skipped += 1
 
-    def routes(self, app, weights_above):
-        """weights_above() -> [(w, b), ...] of all parts above this one, and each one's updates."""
-        def widths():
-            if self.network is None:
-                raise Refused("still waiting for the part above", 503)
-            return {"h": self.network[0], "y": self.network[-1]}
+    def nudge(self):
+        """Have next() return at once: a gradient has come back from above."""
+        with self.changed:
+            self.nudged = True
+            self.changed.notify_all()
 
-        @app.post("/training_examples")
-        def training_examples():
-            columns = serving.message(Examples, **widths())
-            self.arrivals.add(*columns, tell=self.outbox.throw, again=self.outbox.throw_again)
-            return {"accepted": len(columns[0])}
+    def next(self, seconds=0):
+        """The next Minibatch, or None if there is none within so many seconds."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.nudged or self.due or self.waiting
+                                  or self.replay.allowed >= self.batch_size, seconds)
+            self.nudged = False
+            if self.due or self.waiting:
+                name = "due" if self.due else "waiting"
+                start, clock, minibatch = self.due.popleft() if self.due else self.waiting.pop()
+                self.rows[name] -= len(minibatch.h)
+                if not self.trained or self.trained[0] != start or self.trained[1] < clock:
+                    self.trained = start, clock
+                return minibatch
+            drawn = self.replay.draw(self.batch_size, self.rng)
+            return Minibatch(None, *drawn) if drawn else None
 
-        @app.post("/true_gradients")
-        def true_gradients():
-            gradients = self.locked_update(*serving.message(Question, **widths()))
-            return serving.as_json(encode(flask.g.values, gradients=gradients))
+    def line(self):
+        """What is said of it now and then."""
+        return (f"{self.replay.counters()['received']:,} examples received, {self.skipped:,} "
+                f"minibatches skipped, {self.sent()['sent']:,} gradients sent")
 
-        @app.get("/weights")
-        def get_weights():
-            widths()
-            (mine, updates), (theirs, their_updates) = self.part.weights(), weights_above()
-            return serving.as_json(encode_weights(mine + theirs, [updates, *their_updates]))
-
-    def locked_update(self, h, y, seconds=8):
-        """g at h, after one update there. A question that is asked again gets the same answer."""
-        question = h.tobytes(), y.tobytes()
-        with self.asking:
-            if question not in self.answers:
-                if len(self.arrivals.questions) >= 2 * serving.THREADS:
-                    raise Refused("busy: too many questions wait for the training loop", 503)
-                self.answers[question] = concurrent.futures.Future()
-                self.arrivals.add_question(h, y, self.answers[question].set_result)
-            answer = self.answers[question]
-            while len(self.answers) > 2 * serving.THREADS:  # more than can be asked at a time
-                del self.answers[next(iter(self.answers))]
-        try:
-            return answer.result(seconds)
-        except concurrent.futures.TimeoutError:
-            raise Refused(f"busy: the training loop took over {seconds} s", 503) from None
-
-    def minibatches(self, stop):
-        """What to train on until `stop`; in between, checkpoints and a line now and then."""
-        while not stop:
-            if minibatch := self.arrivals.next(seconds=0.2):
-                yield minibatch
-            if time.monotonic() - self.saved > self.args.checkpoint_seconds:
-                self.save()
-            self.reporter.now_and_then(self.part.updates, self.report)
-
-    def follow(self, losses, what):
-        """Run a train() generator to its end, with a checkpoint at the end whatever ends it."""
-        try:
-            with np.errstate(all="ignore"):
-                for value in map(float, losses):
-                    if not np.isfinite(value):
-                        raise Diverged(f"{what} diverged; try a lower --learning-rate")
-                    old = value if self.loss is None else self.loss
-                    self.loss = old + 0.01 * (value - old)  # over the last hundred or so
-        except FloatingPointError:
-            self.saved_updates = self.part.updates  # keep the last checkpoint, from before
-            raise
-        finally:
-            self.save()
-            self.poster.close(timeout=5)
-
-    def save(self, always=False):
-        """A checkpoint, if there was an update. One that cannot be written is reported."""
-        self.saved = time.monotonic()
-        if always or self.part.updates != self.saved_updates:
-            loss = {} if self.loss is None else {"loss": self.loss}
-            try:
-                self.checkpoint.save(self.part.layers, updates=self.part.updates, **loss)
-                self.saved_updates = self.part.updates
-            except OSError as error:
-                say(f"no checkpoint: {error}; training goes on")
-
-    def report(self):
-        return (f"{self.arrivals.replay.counters()['received']:,} examples received, "
-                f"{self.part.updates:,} updates, {self.outbox.counters()['sent']:,} gradients sent")
+    def sent(self):
+        nothing = {"thrown": 0, "sent": 0, "dropped": 0}
+        return nothing if self.back is None else self.back.counters()
 
     def status(self):
-        return {"layers": self.args.layers, "updates": self.part.updates, "loss": self.loss,
-                "backlog": self.arrivals.backlog, "examples": self.arrivals.replay.counters(),
-                "waiting": len(self.arrivals.waiting), "skipped": self.arrivals.skipped,
-                "network": self.network, "gradients_sent": self.outbox.counters()}
+        return {"gradients_sent": self.sent(), "examples": self.replay.counters(),
+                "waiting": len(self.due) + len(self.waiting), "skipped": self.skipped,
+                "trained": self.trained}
+
+
+class LowerEnd:
+    """What a part calls of the link above it: throw() and gradients().
+
+    above carries the messages: throw(*columns), throw_again(after), guess(h, y), trained(),
+    wait(attempt) and news_seconds. start: a number that another start of this part does not have.
+    """
+
+    def __init__(self, part, above, start, k, args, rng):
+        """k: the width of y. args: the program's options. rng: for what the source draws."""
+        self.above, self.start = above, start
+        source = SOURCES[args.gradients]
+        self.bounded = BoundedStaleness(0 if source.locked else args.staleness, above.wait,
+                                        above.throw_again, start)
+        self.source = source(self, part, k, args, rng)
+
+    def throw(self, i, h, y, clock):
+        """To the part above, fire-and-forget: h (batch, width) of the minibatch number `clock`."""
+        self.above.throw(i, h, y, np.full(len(i), clock), np.full(len(i), self.start))
+
+    def gradients(self, h=None, y=None, clock=0, tell=None):
+        """(g, tell) of each update that can be made now, see exchange.Source."""
+        return self.source.gradients(h, y, clock, tell)
+
+    def take_back(self, start, clock, g):
+        """In a server's thread: the gradient g of a minibatch that was thrown, if it is wanted."""
+        if self.source.takes_back:
+            self.source.add(start, clock, g)
+
+    def status(self):
+        return {"bound": self.bounded.bound, **self.bounded.status()}
+
+
+def check_oracle(needs, staleness, batch_size, num_examples):
+    """UserError if an oracle that `needs` so many new examples before it trains again could not get
+    them from a part below, which waits for it: then both would wait for ever."""
+    whole, rest = divmod(staleness, -(-num_examples // batch_size))
+    last = num_examples % batch_size or batch_size  # an epoch's last minibatch may be smaller
+    ahead = min(whole * num_examples + (rest and (rest - 1) * batch_size + last),
+                max(BACKLOG, 2 * batch_size))
+    if needs > ahead:
+        raise UserError(
+            f"the oracle needs {needs} new gradients before it trains again, but only {ahead} come "
+            "before this part waits for it (--staleness times --batch-size, or what may wait in "
+            "the part above); a larger --replay of oracle.py makes it need fewer")

@@ -14,14 +14,13 @@ part below makes at most --staleness updates along zeros, and then waits.
 import math
 import sys
 
-from plumbing import options, say, serving  # first, see there
-import flask
+from plumbing import options, say  # first, see there
 import numpy as np
 
-from exchange import BACKLOG, Replay
+from exchange import Replay
+from plumbing import process
 from plumbing.errors import Diverged, Refused, UserError
-from plumbing.wire import encode
-from synthgrad import Gradients, Question
+from sgd import Sigmoid
 
 DEFAULTS = dict(
     layers=[24, 64, 64, 24], learning_rate=0.005, batch_size=100,
@@ -29,6 +28,11 @@ DEFAULTS = dict(
     replay=4,   # times that each of them is trained on, on average
     seed=0)
 STEPS = 10      # minibatches in one call of the compiled training function
+ACTIVATIONS = {  # of the model's layers, in NumPy, by Keras' names
+    "linear": lambda z: z, "tanh": np.tanh, "sigmoid": Sigmoid.activate,
+    "relu": lambda z: np.maximum(z, 0), "softplus": lambda z: np.logaddexp(0, z),
+    "elu": lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0))),
+    "silu": lambda z: z * Sigmoid.activate(z)}
 
 
 def make_model(dims):
@@ -38,6 +42,28 @@ def make_model(dims):
     hidden = [keras.layers.Dense(width, activation="tanh") for width in dims[1:-1]]
     return keras.Sequential([keras.Input((dims[0],)), *hidden,
                              keras.layers.Dense(dims[-1], kernel_initializer="zeros")])
+
+
+def forward(activations, weights, h):
+    """What the Keras model computes, in NumPy: 0.05 ms, where a compiled TensorFlow call takes 0.4
+    ms, and 2.4 ms behind a training step (100 × 24)."""
+    for activate, (w, *b) in zip(activations, weights, strict=True):
+        h = activate(h @ w + b[0] if b else h @ w)
+    return h
+
+
+def activations_of(model):
+    """The functions that forward() needs. UserError if it cannot follow this model."""
+    names = [getattr(getattr(layer, "activation", None), "__name__", type(layer).__name__)
+             for layer in model.layers]
+    known = [ACTIVATIONS.get(name) for name in names]
+    inputs = np.random.default_rng(0).standard_normal((20, *model.input_shape[1:]), np.float32)
+    if None in known or not np.allclose(
+            forward(known, [layer.get_weights() for layer in model.layers], inputs),
+            model(inputs), rtol=1e-3, atol=1e-5):
+        raise UserError(f"the oracle's model has the layers {', '.join(names)}; forward() follows "
+                        f"Dense layers with {', '.join(ACTIVATIONS)}: name the new one there")
+    return known
 
 
 def loss(model, inputs, targets):
@@ -85,14 +111,10 @@ def compiled_training(model, learning_rate, batch_size, xla=True):
     return train
 
 
-class Oracle:
-    """The model between two changes of scale: it sees h standardised, and learns g divided by the
-    present root mean square of g. True gradients shrink as the network learns; so the model need
-    not follow that.
-
-    The training loop owns all of it. Servers' threads read `updates`, and `published`, which is
-    replaced whole.
-    """
+class Model:
+    """The Keras model between two changes of scale: it sees h standardised, and learns g divided by
+    the present root mean square of g. True gradients shrink as the network learns; so the model
+    need not follow that. The training loop owns it."""
 
     def __init__(self, dims, learning_rate, batch_size, seed):
         import keras
@@ -100,13 +122,13 @@ class Oracle:
         keras.utils.set_random_seed(seed)
         with tf.device("CPU"):  # so small a model is fastest there, and XLA compiles for it
             self.model = make_model(dims)
+            self.activations = activations_of(self.model)
             self.step = compiled_training(self.model, learning_rate, batch_size)
-        self.moments, self.updates = None, 0  # mean and deviation of h, and the scale of g
-        self.published = None                 # the clock learned from, the moments, the weights
+        self.moments = None  # mean and deviation of h, and the scale of g
 
-    def train(self, h, g, clock, ages):
+    def train(self, h, g):
         """STEPS minibatches. Returns the loss as a fraction: 0 is a perfect guess, 1 no better than
-        zeros. `ages`: how many examples have arrived since each."""
+        zeros; and the model as it is now, h -> ĝ, which does not change any more."""
         import tensorflow as tf
         moments = h.mean(axis=0), h.std(axis=0) + 1e-3, np.sqrt(np.mean(g**2)) + 1e-12
         if self.moments:  # over the last ten calls or so, because those of one call are noisy
@@ -117,94 +139,118 @@ class Oracle:
             value, weights = self.step((h - mean) / deviation, g / scale)
         if not value < 1e6:  # NaN, too
             raise Diverged("the oracle diverged; try a lower --learning-rate")
-        self.updates += STEPS
-        # Only recent arrivals count, because a trainer that was resumed has an older clock. BACKLOG
-        # of them, because the part above takes its last arrival first and older ones later.
-        newest = ages <= max(ages.min(), BACKLOG)
-        self.published = int(clock[newest].max()), self.moments, [each.numpy() for each in weights]
-        return float(value)
+        arrays = iter([each.numpy() for each in weights])
+        weights = [[next(arrays) for _ in layer.weights] for layer in self.model.layers]
 
-    def guess(self, h):
-        """ĝ (batch, width) at h (batch, input_dim), and the newest clock that it was learned from:
-        zeros and None before anything was learned.
+        def guess(h):
+            return scale * forward(self.activations, weights, (h - mean) / deviation)
+        return float(value), guess
 
-        The Keras model's own arithmetic on a copy of its weights, in NumPy: 0.05 ms, where a
-        compiled TensorFlow call takes 0.4 ms, and 2.4 ms behind a training step (100 × 24).
+
+class Oracle:
+    """What has been learned from (activation, gradient) examples, and the examples.
+
+    The training loop calls start() and train(). Servers' threads call add() and guess(); they read
+    `published`, which is replaced whole. labels: the width of y, if the model sees it, else 0.
+    """
+
+    def __init__(self, dims, labels, keep, replay, learning_rate, batch_size, seed, stream=()):
+        self.labels, self.width, self.per_call = labels, dims[-1], STEPS * batch_size
+        if dims[0] != dims[-1]:
+            raise UserError(f"--layers {dims}: the first and the last must be equal, the width of "
+                            "h and of dL/dh")
+        if self.per_call > keep * replay:
+            raise UserError(f"the oracle's --keep times its --replay must be at least {STEPS} times"
+                            " --batch-size, the examples that it trains on at a time")
+        self.needs = math.ceil(self.per_call / replay)  # new examples until it trains again
+        self.examples, self.rng = Replay(keep, replay), np.random.default_rng([seed, 3, *stream])
+        self.options = [dims[0] + labels, *dims[1:]], learning_rate, batch_size
+        self.model, self.updates, self.loss, self.newest = None, 0, None, None
+        self.published = None, lambda h: np.zeros((len(h), self.width), np.float32)
+
+    def start(self):
+        """Build and compile the model, which takes seconds."""
+        self.model = Model(*self.options, seed=int(self.rng.integers(2**31)))
+        return self
+
+    def inputs(self, h, y):
+        """What the model sees: h, or h and y side by side."""
+        if not self.labels:
+            return h
+        if y.shape[1] != self.labels:
+            raise Refused(f"this oracle was started with --condition-on-labels {self.labels}, but y"
+                          f" has a width of {y.shape[1]}", 400)
+        return np.column_stack([h, y])
+
+    def add(self, its_start, its_clock, i, h, y, clock, start, g):
+        """A minibatch to learn from: true gradients g at h, (batch, width). Twice counts once."""
+        inputs = self.inputs(h, y)
+        if self.examples.is_new(its_start, its_clock):
+            self.examples.add(inputs, g, clock, start)
+
+    def train(self, seconds=0):
+        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so.
+
+        All that has arrived since the last call is among them. So `newest` is the newest clock that
+        has arrived, of the start that the last arrival is of.
         """
-        if not self.published:
-            return np.zeros((len(h), self.model.output_shape[1]), np.float32), None
-        learned, (mean, deviation, scale), weights = self.published
-        h = (h - mean) / deviation
-        *hidden, (w, b) = zip(weights[::2], weights[1::2], strict=True)
-        for hidden_w, hidden_b in hidden:
-            h = np.tanh(h @ hidden_w + hidden_b)
-        return scale * (h @ w + b), learned
+        drawn = self.examples.draw(self.per_call, self.rng, seconds, newest_first=True)
+        if not drawn:
+            return False
+        inputs, g, clock, start = drawn
+        self.loss, guess = self.model.train(inputs, g)
+        self.updates += STEPS
+        newest = int(start[0]), int(clock[start == start[0]].max())
+        if self.newest is None or newest[0] != self.newest[0] or newest > self.newest:
+            self.newest = newest
+        self.published = self.newest, guess
+        return True
 
-
-def model_input(h, y, labels):
-    """What the model sees: h, or h and y side by side if `labels`, the width of y, is not 0."""
-    if not labels:
-        return h
-    if y.shape[1] != labels:
-        raise Refused(f"this oracle was started with --condition-on-labels {labels}, but y has a "
-                      f"width of {y.shape[1]}", 400)
-    return np.column_stack([h, y])
+    def guess(self, h, y):
+        """ĝ (batch, width) at h (batch, width) and y, and the newest minibatch that it was learned
+        from, (start, clock): zeros and None before anything was learned."""
+        newest, guess = self.published
+        return guess(self.inputs(h, y)), newest
 
 
 def main(args, stop):
-    if args.layers[0] != args.layers[-1]:
-        raise UserError(f"--layers {args.layers}: the first and the last must be equal, the width "
-                        "of h and of dL/dh")
-    per_call = STEPS * args.batch_size  # examples
-    if per_call > args.keep * args.replay:
-        raise UserError(f"--keep times --replay must be at least {STEPS} times --batch-size, the "
-                        "examples that it trains on at a time")
+    from plumbing import serving
+    from plumbing.wire import encode
+    from synthgrad import Question, serve_gradients
+    labels = args.condition_on_labels
+    oracle = Oracle(args.layers, labels, args.keep, args.replay, args.learning_rate,
+                    args.batch_size, args.seed)
     listener = serving.listen(args)
-    width, labels = args.layers[0], args.condition_on_labels
-    examples = Replay(args.keep, args.replay)
-    oracle, state = None, {"loss": None, "answered": 0}
 
     def status():
-        published = oracle and oracle.published
-        return {"layers": args.layers, "condition_on_labels": labels, "ready": oracle is not None,
-                "updates": oracle.updates if oracle else 0, "learned": published and published[0],
-                "needs": math.ceil(per_call / args.replay), "examples": examples.counters(),
-                **state}
+        return {"layers": args.layers, "condition_on_labels": labels,
+                "ready": oracle.model is not None, "updates": oracle.updates, "loss": oracle.loss,
+                "learned": oracle.newest and oracle.newest[1], "needs": oracle.needs,
+                "examples": oracle.examples.counters()}
 
     app = serving.make_app("oracle", status, args)
+    serve_gradients(app, oracle.width, lambda: None, oracle.add)
 
     @app.post("/estimate_gradients")
     def estimate_gradients():
-        h, y = serving.message(Question, h=width)
-        inputs = model_input(h, y, labels)
-        if oracle is None:
+        h, y = serving.message(Question, h=oracle.width)
+        if oracle.model is None:
             raise Refused("TensorFlow is still starting", 503)
-        state["answered"] += 1
-        gradients, learned = oracle.guess(inputs)
-        return serving.as_json(encode(flask.g.values, gradients=gradients, learned=learned))
-
-    @app.post("/provide_gradients")
-    def provide_gradients():
-        i, h, y, clock, g = serving.message(Gradients, h=width, gradients=width)
-        inputs, new = model_input(h, y, labels), examples.is_new(i, h, clock)
-        if new.any():
-            examples.add(inputs[new], g[new], clock[new])
-        return {"accepted": len(h)}
+        gradients, newest = oracle.guess(h, y)
+        return serving.as_json(encode(serving.wants_values(), gradients=gradients,
+                                       newest=newest))
 
     serving.serve(app, listener, args)
     sys.modules["matplotlib"] = None  # so that Keras does not import it, which takes a second
-    rng = np.random.default_rng([args.seed, 3])
-    oracle = Oracle([width + labels, *args.layers[1:]], args.learning_rate, args.batch_size,
-                    seed=int(rng.integers(2**31)))
+    oracle.start()
     sees = f"h and y, {labels} wide" if labels else "h"
     say(f"oracle {args.layers}, which sees {sees}, answers on {args.host}:{args.port}")
-    reporter = serving.Reporter()
+    reporter = process.Reporter(lambda: (
+        f"{oracle.examples.counters()['received']:,} gradients received, {oracle.updates:,} "
+        f"updates, loss {oracle.loss:.3f} of zero's"))
     while not stop:
-        if drawn := examples.draw(per_call, rng, seconds=0.2):
-            state["loss"] = oracle.train(*drawn)
-        reporter.now_and_then(oracle.updates, lambda: (
-            f"{examples.counters()['received']:,} gradients received, {oracle.updates:,} updates, "
-            f"loss {state['loss']:.3f} of zero's, {state['answered']:,} questions answered"))
+        oracle.train(seconds=0.2)
+        reporter.now_and_then(oracle.updates)
 
 
 if __name__ == "__main__":
@@ -212,4 +258,4 @@ if __name__ == "__main__":
     parser.add_argument("--condition-on-labels", type=options.number(int, 1), nargs="?", const=1,
                         default=0, metavar="K",
                         help="guess from y too, which is K wide (cDNI; K is %(const)s by default)")
-    serving.run(main, parser)
+    process.run(main, parser)

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from generate import target
 from plumbing.errors import UserError, file_errors
-from sgd import feed_forward, layers_from_weights
+from sgd import CLASS, NUMBER, feed_forward, layers_from_weights
 
 AXIS = np.linspace(-1, 1, 121, dtype=np.float32)
 GRID = np.stack(np.meshgrid(AXIS, AXIS), axis=-1)  # (121, 121, 2)
 LEVELS = np.linspace(-1, 1, 21)
 CURVES = {  # column: label, scale, limits, and what a constant guess is called
-    "test_mse": ("held-out MSE", "log", (None, None), "always guessing the mean"),
-    "test_error": ("held-out error", "log", (None, None), "always guessing the commonest class"),
+    **{task.score: (task.label, "log", (None, None), f"always guessing {task.constant}")
+       for task in (NUMBER, CLASS)},
     "gradient_cosine": ("cosine of ĝ and g", "linear", (-0.3, 1), None),
     "staleness": ("staleness,\nupdates", "linear", (0, None), None)}
 

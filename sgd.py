@@ -27,9 +27,14 @@ from plumbing.errors import Diverged
 
 
 class Sigmoid:
-    """σ(z) = 1 / (1 + e^−z), in the form that cannot overflow."""
-    gain = 4    # σ'(0) = 1/4, so weights must be 4 times as large to pass a signal on undiminished
-    mean = 0.5  # of h at the start, when z is near zero
+    """σ(z) = 1 / (1 + e^−z), in the form that cannot overflow.
+
+    gain: by how much weights must be larger than those of a linear layer, so that a signal passes
+    undiminished. It is 1 / σ'(0). A ReLU's is √2, because it lets half of its inputs pass (He et
+    al. 2015, eq. 10). mean: of h at the start, when z is near zero; 0 for a ReLU, roughly.
+    """
+    gain = 4
+    mean = 0.5
 
     @staticmethod
     def activate(z):
@@ -72,35 +77,61 @@ class Softmax:
 HIDDEN = Sigmoid  # the activation of every hidden layer
 
 
-def output_activation(k):
-    """The last layer's activation where y is (batch, k)."""
-    return Linear if k == 1 else Softmax
+# ---- tasks: to add a loss, write a class like these and name it in NUMBER or CLASS ----
 
 
-# ---- losses: another one is a further case in these functions and in plumbing/data.py; a score
-# with a name of its own, which begins with test_, also in plot.CURVES ----
+class MeanSquare:
+    """y is a number, (batch, 1): L = ½ (ŷ − y)², reported as the MSE, without the ½."""
+    activation = Linear                           # of the last layer
+    score, label = "test_mse", "held-out MSE"     # its column in metrics.csv, which begins with
+    y_is, constant = "numbers", "the mean"        # test_; and words for people
 
-
-def loss(y_hat, y):
-    """L of each example, (batch,): ½ (ŷ − y)² where y is (batch, 1), else the cross-entropy of
-    one-hot y (batch, k)."""
-    if y.shape[1] == 1:
+    @staticmethod
+    def loss(y_hat, y):
+        """L of each example, (batch,)."""
         return 0.5 * (y_hat - y)[:, 0] ** 2
-    return -(y * np.log(y_hat)).sum(axis=1)
+
+    @staticmethod
+    def loss_gradient(y_hat, y):
+        """g = dL/dŷ, (batch, k), with which backprop begins."""
+        return y_hat - y
+
+    @staticmethod
+    def test(y_hat, y):
+        """What is reported, of held-out examples: a number, the lower the better."""
+        return float(np.mean((y_hat - y) ** 2))
 
 
-def loss_gradient(y_hat, y):
-    """g = dL/dŷ, (batch, k), with which backprop begins: ŷ − y, or −y / ŷ for classes."""
-    return y_hat - y if y.shape[1] == 1 else -y / y_hat
+class CrossEntropy:
+    """y is a class, one-hot, (batch, k): L = −Σ y ln ŷ, reported as the share of wrong classes."""
+    activation = Softmax
+    score, label = "test_error", "held-out error"
+    y_is, constant = "class labels", "the commonest class"
+
+    @staticmethod
+    def loss(y_hat, y):
+        return -(y * np.log(y_hat)).sum(axis=1)
+
+    @staticmethod
+    def loss_gradient(y_hat, y):
+        return -y / y_hat
+
+    @staticmethod
+    def test(y_hat, y):
+        return float(np.mean(y_hat.argmax(axis=1) != y.argmax(axis=1)))
+
+
+NUMBER, CLASS = MeanSquare, CrossEntropy
+
+
+def task_of(k):
+    """The task where y is (batch, k)."""
+    return NUMBER if k == 1 else CLASS
 
 
 def test_score(layers, x, y):
-    """What is reported, on held-out x and y: the MSE, mean (ŷ − y)² without the ½, or the share of
-    examples whose class is wrong."""
-    y_hat = feed_forward(layers, x)
-    if y.shape[1] == 1:
-        return float(np.mean((y_hat - y) ** 2))
-    return float(np.mean(y_hat.argmax(axis=1) != y.argmax(axis=1)))
+    """The score of a whole network on held-out x and y."""
+    return task_of(y.shape[1]).test(feed_forward(layers, x), y)
 
 
 # ---- layers ----
@@ -170,7 +201,7 @@ def make_layers(dims, rng, last=None, input_mean=0.0):
     """
     layers = []
     for n, (input_dim, output_dim) in enumerate(pairwise(dims), 2):
-        activation = HIDDEN if n < len(dims) else last or output_activation(output_dim)
+        activation = HIDDEN if n < len(dims) else last or task_of(output_dim).activation
         scale = activation.gain * np.sqrt(2 / (input_dim + output_dim))
         w = (scale * rng.standard_normal((input_dim, output_dim))).astype(np.float32)
         layers.append(Layer(w, -np.float32(input_mean) * w.sum(axis=0), activation))
@@ -181,7 +212,7 @@ def make_layers(dims, rng, last=None, input_mean=0.0):
 def layers_from_weights(weights):
     """[(w, b), ...] of a whole network -> its layers."""
     *hidden, (w, b) = weights
-    return [*(Layer(*each, HIDDEN) for each in hidden), Layer(w, b, output_activation(len(b)))]
+    return [*(Layer(*each, HIDDEN) for each in hidden), Layer(w, b, task_of(len(b)).activation)]
 
 
 # ---- training ----
@@ -190,9 +221,11 @@ def layers_from_weights(weights):
 def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
     """The indices of each minibatch, every epoch in a new order, without the first `skip`.
 
-    Random numbers come from streams [seed, n]: 1 for the lowest part (here for all layers), 2 for
-    the highest, 3 for the oracle, 4 with the epoch for this, 5 for layer 1's shuffled gradients, 6
-    with its widths for a middle part, so that two of the same widths start alike.
+    Random numbers come from streams [seed, n, ...]: 1 for the lowest part (here and in
+    in_process.py for all layers), 2 for the highest part and its replay, 3 for the oracle, 4 and
+    the epoch for this, 5 for shuffled gradients, 6 and its widths for a middle part, so that two of
+    the same widths start alike, 7 for the head of a local loss. in_process.py has streams 2, 3, 5
+    and 7 for each cut, with its width.
     """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):
@@ -204,17 +237,18 @@ def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
 
 
 def schedule(learning_rate, decay, warm_up=0):
-    """The learning rate of the decoupled trainers, after so many updates: it rises during `warm_up`
-    updates, while the other processes know little, and falls as 1 / (1 + updates / decay)."""
+    """The learning rate after so many updates: it rises during `warm_up` updates, while an oracle
+    knows little, and falls as 1 / (1 + updates / decay)."""
     return lambda updates: (learning_rate * min(1, (updates + 1) / (warm_up + 1))
                             / (1 + updates / decay))
 
 
 def train(layers, x, y, order, learning_rate, momentum):
     """Plain SGD. `order` yields minibatches of indices. Yields after each update."""
+    task = task_of(y.shape[1])
     for clock, i in enumerate(order):
         y_hat = feed_forward(layers, x[i])
-        g = loss_gradient(y_hat, y[i])
+        g = task.loss_gradient(y_hat, y[i])
         backprop(layers, g)
         descend(layers, learning_rate(clock), momentum)
         yield len(i)
@@ -223,19 +257,18 @@ def train(layers, x, y, order, learning_rate, momentum):
 def main():
     parser = options.make_parser(
         __doc__, layers=[2, 24, 12, 1], num_epochs=100, learning_rate=0.002, batch_size=1,
-        momentum=0.0, seed=0, progress_dir="sgd_progress")
+        momentum=0.0, decay=50_000_000, seed=0, progress_dir="sgd_progress")
     data.add_options(parser)
-    parser.add_argument("--decay", type=options.number(float, 0, 1), default=0.997,
-                        help="factor on the learning rate after each epoch (%(default)s)")
     args = options.parse(parser)
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
         data.check_columns(loaded, args.layers)
-        data.check_targets(loaded, args.layers[-1], "--layers")
-        columns = ["seconds", "examples", "epoch", loaded.score]
+        task, constant = task_of(loaded.y.shape[1]), data.constant_guess(loaded, task_of)
+        data.check_targets(loaded, args.layers[-1], "--layers", task.y_is)
+        columns = ["seconds", "examples", "epoch", task.score]
         progress = runs.Progress(args.progress_dir, columns, vars(args) | {
-            "constant_guess": loaded.constant_guess})
-        print(data.describe(loaded))
+            "constant_guess": constant})
+        print(data.describe(loaded, task, constant))
         run(args, loaded, progress)
 
 
@@ -243,13 +276,10 @@ def run(args, loaded, progress):
     """Train with a progress bar, and write a row and a snapshot after each epoch."""
     x, y, x_test, y_test = loaded
     layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]))
-    per_epoch, examples, epoch = -(-len(x) // args.batch_size), 0, 0
+    score, examples, epoch = task_of(y.shape[1]).score, 0, 0
     order = minibatches(len(x), args.batch_size, args.num_epochs, args.seed)
+    learning_rate = schedule(args.learning_rate, args.decay)
     start = time.perf_counter()
-
-    def learning_rate(clock):
-        return args.learning_rate * args.decay ** (clock // per_epoch)
-
     with (progress.ending(), np.errstate(all="ignore"),
           tqdm(total=args.num_epochs, unit="epoch") as bar):
         for count in train(layers, x, y, order, learning_rate, args.momentum):
@@ -261,10 +291,10 @@ def run(args, loaded, progress):
                     raise Diverged(
                         f"diverged in epoch {epoch}; try a lower --learning-rate")
                 weights = [(layer.w, layer.b) for layer in layers]
-                progress.write(weights, epoch=epoch, examples=examples, **{loaded.score: reached},
+                progress.write(weights, epoch=epoch, examples=examples, **{score: reached},
                                seconds=time.perf_counter() - start)
                 bar.update()
-                bar.set_postfix_str(f"held-out {loaded.score[5:].upper()} {reached:.4f}")
+                bar.set_postfix_str(f"held-out {score[5:].upper()} {reached:.4f}")
     print(f"{args.num_epochs} epochs in {time.perf_counter() - start:.0f} s: {progress.metrics}")
     for line in progress.verdict():
         print(line)

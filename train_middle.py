@@ -6,75 +6,96 @@ The part below treats it like train_output.py: it takes activations, and throws 
 its backprop gives at the lower link's oracle. The part above treats it like train_input.py: it
 throws its own activations, and asks the upper link's oracle for a guess. So what it tells the lower
 oracle is not the true gradient. It is computed from a guess, or bootstrapped, as in the paper's
-networks with a synthetic gradient at every layer (section 2.1).
+networks with a synthetic gradient at every layer (section 2.1). With --gradients true or delayed in
+every part, true gradients go down from part to part.
 """
-from plumbing import options, runs, say, serving  # first, see there
+from plumbing import options, runs, say  # first, see there
 import numpy as np
 
-from exchange import Part, gradient_source
+from exchange import Replay
 from links import LowerEnd, UpperEnd
+from plumbing import process
 from plumbing.errors import UserError
+from plumbing.part import Part
 from sgd import HIDDEN, backprop, feed_forward, make_layers, schedule
-from synthgrad import PartClient
+from train_input import LOWER, add_gradients, with_rates
 
-DEFAULTS = dict(
-    layers=[24, 12], learning_rate=30.0, momentum=0.0, decay=5000, warm_up=1000, batch_size=100,
-    keep=2000, staleness=20, patience=600, seed=0, output_server="127.0.0.1:5002",
-    oracle_server="127.0.0.1:5011", progress_dir="middle_progress", resume=False,
-    checkpoint_seconds=5)
+DEFAULTS = LOWER | dict(
+    layers=[24, 12], seed=0, output_server="127.0.0.1:5002", oracle_server="127.0.0.1:5011",
+    progress_dir="middle_progress", checkpoint_seconds=5)
 
 
-def train(part, minibatches, learning_rate, momentum, throw, gradient):
-    """The algorithm. Yields the mean square of the gradient dL/dx, of each minibatch."""
-    for i, h, y, tell in minibatches:
-        clock = part.updates
-        h = feed_forward(part.layers, h)
-        throw(i, h, y, clock)                       # to the part above, fire-and-forget
-        g = gradient(i, h, y, clock)                # the upper oracle's guess, centered
-        g = backprop(part.layers, g)
-        part.descend(learning_rate(clock), momentum)
-        tell(g)                                     # to the lower oracle
-        yield np.square(g).mean()
+def train(part, minibatches, learning_rate, momentum, throw, gradients):
+    """The algorithm. Yields the mean square of the gradient dL/dx, at each update. A minibatch is
+    None if only a gradient has come back from above."""
+    for minibatch in minibatches:
+        i, x, y, tell = minibatch or (None,) * 4
+        h = None if minibatch is None else feed_forward(part.layers, x)
+        if minibatch:
+            throw(i, h, y, part.clock)                  # to the part above, fire-and-forget
+        for g, its_tell in gradients(h, y, part.clock, tell):
+            g = backprop(part.layers, g)
+            part.descend(learning_rate(part.clock), momentum)
+            if its_tell:
+                its_tell(g)                             # to the lower oracle
+            yield np.square(g).mean()
+        part.clock += minibatch is not None
 
 
 def main(args, stop):
+    from plumbing import serving                        # here, for in_process.py serves nothing
+    from synthgrad import Above, PartClient, post_gradients, serve_gradients, serve_part
     listener = serving.listen(args)
     locked = runs.lock(args.progress_dir)  # noqa: F841
     rng = np.random.default_rng([args.seed, 6, *args.layers])
     layers = make_layers(args.layers, rng, last=HIDDEN, input_mean=HIDDEN.mean)
-    below = UpperEnd(args, Part(layers), rng, args.lower_oracle_server)
-    above = LowerEnd(args, stop)
-    gradient = gradient_source(args.gradients, above.bounded, above.ask_above, rng)
-    if above.has_oracle and above.oracle.url == below.oracle.url:
-        raise UserError(f"{above.oracle.url} is given as the oracle below and as the one above; "
-                         "each link needs its own: --oracle-server names the one above, "
-                         "--lower-oracle-server the one below")
-    below.resume()
+    part, above = Part(layers, args.progress_dir), Above(args, stop)
+    if above.source.asks_oracle and args.oracle_server == args.lower_oracle_server:
+        raise UserError(f"{args.oracle_server} is given as the oracle below and as the one above; "
+                        "each link needs its own: --oracle-server names the one above, "
+                        "--lower-oracle-server the one below")
+    poster = post_gradients(args.lower_oracle_server, args.token)
+    below = UpperEnd(Replay(1, 0), args.batch_size, rng, poster and poster.outbox)
+    link = None  # the lower end of the link above, once that answers
+
+    def network():
+        return args.layers + above.network[1:] if link else None
 
     def status():
-        return {**below.status(), **above.status(), "loss": None, "ids": [serving.ID, *above.ids]}
+        return {"layers": args.layers, "network": network(), "updates": part.clock,
+                "gradient_mean_square": part.average, "ids": [serving.ID, *above.ids],
+                "gradients": args.gradients, "examples_sent": above.outbox.counters(),
+                **below.status(), **(link.status() if link else {})}
 
-    def weights_above():
-        return PartClient(args.output_server, args.token).weights(above.network)
+    def weights():
+        theirs, updates = PartClient(args.output_server, args.token).weights(above.network)
+        return part.weights()[0] + theirs, [part.clock, *updates]
+
+    def add(start, clock, *columns):
+        link.take_back(start, clock, columns[-1])
+        below.nudge()
 
     app = serving.make_app("middle trainer", status, args)
-    below.routes(app, weights_above)
+    serve_part(app, below, network, weights)
+    serve_gradients(app, args.layers[-1], lambda: link and above.network[-1], add)
     serving.serve(app, listener, args)
-    above.connect(new=not below.resumed)
-    below.save(always=True)  # from now on --resume continues this run
-    below.open(args.layers + above.network[1:])
+    k = above.connect()
+    link = LowerEnd(part, above, process.START, k, args, rng)
+    above.check_use(part.resume(args.resume, link.source.layers), part)
+    part.save()  # from now on --resume continues this run
     say(f"middle trainer {args.layers} answers on {args.host}:{args.port}")
-    squares = train(below.part, below.minibatches(stop),
+    reporter = process.Reporter(below.line)
+    squares = train(part, part.minibatches(below, stop, args.checkpoint_seconds, reporter),
                     schedule(args.learning_rate, args.decay, args.warm_up), args.momentum,
-                    above.throw, gradient)
-    below.follow(squares, "the middle trainer")
-    above.poster.close(timeout=5)
+                    link.throw, link.gradients)
+    part.train(squares, "the middle trainer")
+    for each in filter(None, (above.poster, poster)):
+        each.close(timeout=5)
 
 
 if __name__ == "__main__":
     parser = options.make_parser(__doc__, 5012, **DEFAULTS)
-    parser.add_argument("--gradients", choices=["synthetic", "true", "zero", "shuffled"],
-                        default="synthetic", help="from above (%(default)s)")
+    add_gradients(parser)
     parser.add_argument("--lower-oracle-server", default="127.0.0.1:5001",
-                        help="where to throw this part's gradients (%(default)s)")
-    serving.run(main, parser)
+                        help="where to throw this part's gradients, or none (%(default)s)")
+    process.run(lambda args, stop: main(with_rates(args), stop), parser)

@@ -2,55 +2,71 @@
 
     python train_output.py                      # 24 -> 12 -> 1, listens on 127.0.0.1:5002
 
-train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and how many updates
-layer 1 had made. It trains in a loop on what has arrived so far, the last arrival first. The true
+train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and the number of the
+minibatch. It trains in a loop on what has arrived so far, the last arrival first. The true
 gradients g = dL/dh that its backprop gives there go to oracle.py, fire-and-forget. With
-train_input.py --gradients delayed they go back to the input trainer: --oracle-server
-127.0.0.1:5003.
+train_input.py --gradients true or delayed they go back to the input trainer: --oracle-server
+127.0.0.1:5003. With --gradients local or zero nobody wants them: --oracle-server none.
 """
-from plumbing import options, runs, say, serving  # first, see there
+from plumbing import options, runs, say  # first, see there
 import numpy as np
 
-from exchange import Part
+from exchange import Replay
 from links import UpperEnd
-from sgd import HIDDEN, backprop, feed_forward, loss, loss_gradient, make_layers, schedule
+from plumbing import process
+from plumbing.part import Part
+from sgd import HIDDEN, backprop, feed_forward, make_layers, schedule, task_of
 
 DEFAULTS = dict(
-    layers=[24, 12, 1], learning_rate=0.1, momentum=0.9, decay=200_000, batch_size=100,
-    keep=20_000,  # examples that are stored, the newest ones
-    replay=8,     # times that each of them is trained on again, on average
+    layers=[24, 12, 1], learning_rate=0.1, momentum=0.9, decay=200_000,
+    batch_size=100,  # of replayed minibatches; the others are as they were thrown
+    keep=20_000,     # examples that are stored, the newest ones
+    replay=8,        # times that each of them is trained on again, on average
     seed=0, checkpoint_seconds=5, oracle_server="127.0.0.1:5001", progress_dir="output_progress",
     resume=False)
 
 
-def train(part, minibatches, learning_rate, momentum):
+def train(part, minibatches, task, learning_rate, momentum):
     """The algorithm. Yields the mean loss on each minibatch, before its update."""
     for _, h, y, tell in minibatches:
         y_hat = feed_forward(part.layers, h)
-        g = loss_gradient(y_hat, y)
+        g = task.loss_gradient(y_hat, y)
         g = backprop(part.layers, g)                # dL/dh, per example
-        part.descend(learning_rate(part.updates), momentum)
+        part.descend(learning_rate(part.clock), momentum)
+        part.clock += 1
         if tell:
             tell(g)                                 # to the oracle, fire-and-forget
-        yield loss(y_hat, y).mean()
+        yield task.loss(y_hat, y).mean()
 
 
 def main(args, stop):
+    from plumbing import serving                    # here, for in_process.py serves nothing
+    from synthgrad import post_gradients, serve_part
     listener = serving.listen(args)               # first: if the port is taken, no file is touched
     locked = runs.lock(args.progress_dir)         # until this function returns  # noqa: F841
-    rng = np.random.default_rng([args.seed, 2])
-    layers = make_layers(args.layers, rng, input_mean=HIDDEN.mean)
-    below = UpperEnd(args, Part(layers), rng, args.oracle_server, args.replay)
-    below.resume()
-    below.open(args.layers)
-    app = serving.make_app("output trainer", below.status, args)
-    below.routes(app, weights_above=lambda: ([], []))
+    rng, network = np.random.default_rng([args.seed, 2]), args.layers
+    part = Part(make_layers(network, rng, input_mean=HIDDEN.mean), args.progress_dir)
+    part.resume(args.resume)
+    poster = post_gradients(args.oracle_server, args.token)
+    below = UpperEnd(Replay(args.keep, args.replay), args.batch_size, rng,
+                     poster and poster.outbox)
+
+    def status():
+        return {"layers": network, "network": network, "updates": part.clock, "loss": part.average,
+                **below.status()}
+
+    app = serving.make_app("output trainer", status, args)
+    serve_part(app, below, lambda: network, lambda: (part.weights()[0], [part.clock]))
     serving.serve(app, listener, args)
-    say(f"output trainer {args.layers} answers on {args.host}:{args.port}")
-    losses = train(below.part, below.minibatches(stop),
+    say(f"output trainer {network} answers on {args.host}:{args.port}")
+    minibatches = part.minibatches(below, stop, args.checkpoint_seconds,
+                                   process.Reporter(below.line))
+    losses = train(part, filter(None, minibatches), task_of(network[-1]),
                    schedule(args.learning_rate, args.decay), args.momentum)
-    below.follow(losses, "the output trainer")
+    part.train(losses, "the output trainer")
+    if poster:
+        poster.close(timeout=5)
 
 
 if __name__ == "__main__":
-    serving.run(main, options.make_parser(__doc__, 5002, **DEFAULTS))
+    process.run(main, options.make_parser(__doc__, 5002, **DEFAULTS))

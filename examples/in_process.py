@@ -4,13 +4,15 @@
     python examples/in_process.py x.npy y.npy --delay 50 --gradients delayed
     python examples/in_process.py x.npy y.npy --cuts 1 2          # every layer is a part of its own
 
-The train functions, the arrivals, the replay, the staleness bound and the oracle are those of the
-three processes. Here plain function calls connect them. A true gradient reaches the oracle --delay
-updates after its minibatch. The same options give the same numbers.
+The train functions, the two ends of each link and the oracles are those of the processes. Here
+plain calls carry the messages: what is thrown is trained on above at once, and a true gradient
+comes back --delay updates later. The same options give the same numbers.
 """
 import collections
 import math
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,141 +25,146 @@ import oracle
 import train_input
 import train_middle
 import train_output
-from exchange import Arrivals, BoundedStaleness, Delayed, Part, Replay, gradient_source
+from exchange import SOURCES, Replay
+from links import LowerEnd, UpperEnd, check_oracle
 from plumbing.errors import NoAnswer, UserError
-from sgd import make_layers, minibatches, schedule, test_score
+from plumbing.part import Part
+from sgd import make_layers, minibatches, schedule, task_of, test_score
 
 
-class Link:
-    """One cut: the part above it, the oracle, and what the part below calls, throw and gradient."""
+class Late(collections.deque):
+    """True gradients on their way down, (when they arrive, columns). Nothing is lost here."""
+    clock, delay = 0, 0
 
-    def __init__(self, args, layers, k, kind, highest):
-        width, self.kind = len(layers[0].w), kind
-        self.args, self.part, self.labels = args, Part(layers), k if args.condition_on_labels else 0
-        rng = np.random.default_rng([args.seed, 2, width])
-        replay = args.replay if highest else 0  # a middle part does not replay
-        self.arrivals = Arrivals(Replay(args.keep, replay), args.batch_size, rng)
-        self.late = collections.deque()     # true gradients on their way to the oracle
-        self.examples = Replay(oracle.DEFAULTS["keep"], args.oracle_replay)
-        least = oracle.STEPS * args.batch_size / self.examples.keep
-        if kind not in ("true", "delayed") and args.oracle_replay < least:
-            raise UserError("with this --batch-size the oracle would never train: --oracle-replay "
-                             f"must be at least {least:g}")
-        self.rng = np.random.default_rng([args.seed, 3, width])
-        self.oracle = oracle.Oracle([width + self.labels, *args.oracle_layers, width],
-                                    args.oracle_rate, args.batch_size, args.seed)
-        self.delayed = Delayed([], args.staleness)
-        answer = self.delayed.answer if kind == "delayed" else self.ask
-        self.bounded = BoundedStaleness(answer, args.staleness, self.wait, lambda after: None)
-        self.gradient = gradient_source(
-            kind, self.bounded, self.truth, np.random.default_rng([args.seed, 5]))
+    def throw(self, *columns):
+        self.append((self.clock + self.delay, columns))
 
-    def throw(self, i, h, y, clock):
-        if self.kind != "true":
-            self.arrivals.add(i, h, y, np.full(len(i), clock), tell=self.tell, again=None)
+    def throw_again(self, after):
+        pass
 
-    def tell(self, *columns):
-        self.late.append(columns)
 
-    def ask(self, i, h, y, clock):
-        return self.oracle.guess(oracle.model_input(h, y, self.labels))
+class Cut:
+    """One cut, seen from below: what links.LowerEnd needs to be carried, by plain calls.
 
-    def truth(self, i, h, y, clock):
-        answer = []
-        self.arrivals.add_question(h, y, answer.append)
-        self.train_above()
-        return answer[0]
+    part is the one below. train(minibatches) is a generator that trains the part above; `higher` is
+    the cut above that one, or None.
+    """
+    news_seconds = 0
 
-    def wait(self, ask):
-        """Where a process would wait for news, all that is late arrives."""
-        try:
-            return ask()
-        except NoAnswer:
-            self.deliver(math.inf)
-            return ask()
+    def __init__(self, args, part, train, higher, k, num_examples):
+        width, self.part, self.train, self.higher = len(part.layers[-1].b), part, train, higher
+        source, self.late, self.oracle = SOURCES[args.gradients], Late(), None
+        self.late.delay, self.takes_back = args.delay, source.takes_back
+        replay = 0 if higher else args.replay  # a middle part does not replay
+        self.above = UpperEnd(Replay(args.keep, replay), args.batch_size,
+                              np.random.default_rng([args.seed, 2, width]),
+                              self.late if source.takes_back or source.asks_oracle else None)
+        if source.asks_oracle:
+            self.oracle = oracle.Oracle(
+                [width, *args.oracle_layers, width], k * args.condition_on_labels,
+                oracle.DEFAULTS["keep"], args.oracle_replay, args.oracle_rate, args.batch_size,
+                args.seed, stream=[width]).start()
+            check_oracle(self.oracle.needs, args.staleness, args.batch_size, num_examples)
+            self.guess = self.oracle.guess
+        self.link = LowerEnd(part, self, 0, k, args, np.random.default_rng([args.seed, 5, width]))
 
-    def train_above(self):
-        """Train on all that has arrived, and on replay as far as it is allowed."""
-        for _ in self.train(iter(self.arrivals.next, None)):
-            pass
+    def throw(self, *columns):
+        """The part above trains on it at once, and on replay as far as that is allowed."""
+        self.late.clock = self.part.clock
+        self.above.add(*columns, every=self.takes_back)
+        collections.deque(self.train(iter(self.above.next, None)), maxlen=0)
+        self.deliver(self.part.clock)
+
+    def throw_again(self, after):
+        pass
+
+    def trained(self):
+        return self.above.trained
 
     def deliver(self, now):
-        """What was told --delay updates ago arrives, and the oracle trains on all that it may."""
-        while self.late and self.late[0][3].max() <= now - self.args.delay:
-            i, h, y, clock, g = self.late.popleft()
-            if self.kind == "delayed":
-                self.delayed.add(i, h, y, clock, g)
+        """What is due arrives; an oracle trains on all that it may."""
+        while self.late and self.late[0][0] <= now:
+            *columns, g = self.late.popleft()[1]
+            if self.takes_back:
+                self.link.take_back(0, int(columns[3][0]), g)
             else:
-                self.examples.add(oracle.model_input(h, y, self.labels), g, clock)
-        while drawn := self.examples.draw(oracle.STEPS * self.args.batch_size, self.rng):
-            self.oracle.train(*drawn)
+                self.oracle.add(0, int(columns[3][0]), *columns, g)
+        while self.oracle and self.oracle.train():
+            pass
+
+    def wait(self, attempt):
+        """Where a process would wait for news, all that is on its way arrives."""
+        try:
+            return attempt()
+        except NoAnswer:
+            self.flush()
+            return attempt()
+
+    def flush(self):
+        if self.higher:
+            self.higher.flush()
+            collections.deque(self.train([None]), maxlen=0)
+        self.deliver(math.inf)
 
 
 def run(args, loaded):
-    """Train; yields (updates, held-out score, layers, links) after each epoch."""
-    dims, cuts, k = args.layers, args.cuts, loaded.y.shape[1]
-    ends = [0, *cuts, len(dims) - 1]
-    layers = make_layers(dims, np.random.default_rng([args.seed, 1]))
-    parts = [layers[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    upper = "true" if args.gradients == "true" else "synthetic"  # only the lowest part's is chosen
-    links = [Link(args, part, k, upper if n else args.gradients, part is parts[-1])
-             for n, part in enumerate(parts[1:])]
-    links[0].delayed.layers = parts[0]
-    below = schedule(args.learning_rate, args.decay, args.warm_up)
-    above = schedule(args.output_rate, train_output.DEFAULTS["decay"])
-    for link, upper in zip(links, links[1:], strict=False):
-        link.train = lambda arrivals, link=link, upper=upper: train_middle.train(
-            link.part, arrivals, below, args.momentum, upper.throw, upper.gradient)
-    links[-1].train = lambda arrivals: train_output.train(
-        links[-1].part, arrivals, above, args.output_momentum)
-    order = minibatches(len(loaded.x), args.batch_size, args.num_epochs, args.seed)
-    per_epoch = -(-len(loaded.x) // args.batch_size)
-    updates = train_input.train(parts[0], loaded.x, loaded.y, order, below, args.momentum,
-                                links[0].throw, links[0].gradient)
-    for n, _ in enumerate(updates, 1):
-        for link, clock in zip(links, [n, *(each.part.updates for each in links)], strict=False):
-            link.train_above()
-            link.deliver(clock)
-        if n % per_epoch == 0:
-            yield n, test_score(layers, loaded.x_test, loaded.y_test), layers, links
+    """Train; yields (updates, held-out score, layers, the lowest cut) after each epoch."""
+    k, n, cut = loaded.y.shape[1], len(loaded.x), None
+    ends = [0, *args.cuts, len(args.layers) - 1]
+    layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]))
+    *lower, highest = (Part(layers[a:b]) for a, b in pairwise(ends))
+    rate = schedule(args.learning_rate, args.decay, args.warm_up)
+    train = partial(train_output.train, highest, task=task_of(k), momentum=args.output_momentum,
+                    learning_rate=schedule(args.output_rate, train_output.DEFAULTS["decay"]))
+    for part in reversed(lower):
+        cut = Cut(args, part, train, cut, k, n)
+        train = partial(train_middle.train, part, learning_rate=rate, momentum=args.momentum,
+                        throw=cut.link.throw, gradients=cut.link.gradients)
+    order = minibatches(n, args.batch_size, args.num_epochs, args.seed)
+    per_epoch = -(-n // args.batch_size)
+    for _ in train_input.train(lower[0], loaded.x, loaded.y, order, rate, args.momentum,
+                               cut.link.throw, cut.link.gradients):
+        if lower[0].clock % per_epoch == 0:
+            yield lower[0].clock, test_score(layers, loaded.x_test, loaded.y_test), layers, cut
 
 
 def make_parser():
-    mine, theirs = train_input.DEFAULTS, train_output.DEFAULTS
+    mine, theirs, add_to = train_input.DEFAULTS, train_output.DEFAULTS, oracle.DEFAULTS
     same = "learning_rate", "momentum", "decay", "warm_up", "batch_size", "seed"
     parser = options.make_parser(
-        __doc__, layers=[2, 24, 12, 1], num_epochs=8, staleness=1000, keep=theirs["keep"],
+        __doc__, layers=[2, 24, 12, 1], num_epochs=8, staleness=200, keep=theirs["keep"],
         replay=theirs["replay"], **{name: mine[name] for name in same})
     data.add_options(parser)
-    add = parser.add_argument
-    add("--cuts", type=int, nargs="+", default=[1], help="layers below each cut (%(default)s)")
-    add("--gradients", choices=train_input.GRADIENTS, default="synthetic", help="(%(default)s)")
-    add("--delay", type=options.number(int, 0), default=6,
-        help="updates until a true gradient arrives (%(default)s)")
-    add("--output-rate", type=float, default=theirs["learning_rate"],
-        help="learning rate of the highest part (%(default)s)")
-    add("--output-momentum", type=float, default=theirs["momentum"], help="(%(default)s)")
-    add("--oracle-layers", type=int, nargs="*", default=oracle.DEFAULTS["layers"][1:-1],
-        help="hidden layers of the oracles; none makes them linear (%(default)s)")
-    add("--oracle-replay", type=float, default=oracle.DEFAULTS["replay"], help="(%(default)s)")
-    add("--oracle-rate", type=float, default=oracle.DEFAULTS["learning_rate"], help="(%(default)s)")
-    add("--condition-on-labels", action="store_true", help="let the oracles see y")
+    train_input.add_gradients(parser)
+    for name, kind, default, words in (
+            ("--delay", int, 6, "updates until a true gradient arrives"),
+            ("--output-rate", float, theirs["learning_rate"], "rate of the highest part"),
+            ("--output-momentum", float, theirs["momentum"], "momentum of the highest part"),
+            ("--oracle-replay", float, add_to["replay"], "draws per new gradient"),
+            ("--oracle-rate", float, add_to["learning_rate"], "learning rate of the oracles")):
+        parser.add_argument(name, type=options.number(kind, 0), default=default,
+                            help=f"{words} (%(default)s)")
+    parser.add_argument("--cuts", type=int, nargs="+", default=[1],
+                        help="layers below each cut (%(default)s)")
+    parser.add_argument("--oracle-layers", type=int, nargs="*", default=add_to["layers"][1:-1],
+                        help="hidden layers of the oracles; none: linear (%(default)s)")
+    parser.add_argument("--condition-on-labels", action="store_true", help="oracles see y")
     return parser
 
 
 def main():
     parser = make_parser()
-    args = options.parse(parser)
+    args = train_input.with_rates(options.parse(parser))
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
+        task = task_of(loaded.y.shape[1])
         data.check_columns(loaded, args.layers)
-        data.check_targets(loaded, args.layers[-1], "--layers")
-        if not 0 < args.cuts[0] <= args.cuts[-1] < len(args.layers) - 1 or args.cuts != sorted(
-                set(args.cuts)):
+        data.check_targets(loaded, args.layers[-1], "--layers", task.y_is)
+        if sorted({0, *args.cuts, len(args.layers) - 1}) != [0, *args.cuts, len(args.layers) - 1]:
             raise UserError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")
-        print(data.describe(loaded))
+        print(data.describe(loaded, task, data.constant_guess(loaded, task_of)))
         for updates, score, *_ in tqdm(run(args, loaded), total=args.num_epochs, unit="epoch"):
-            tqdm.write(f"{updates:6} updates, held-out {loaded.score[5:]} {score:.4f}")
+            tqdm.write(f"{updates:6} updates, {task.label} {score:.4f}")
 
 
 if __name__ == "__main__":

@@ -18,18 +18,6 @@ class Data(NamedTuple):
     y_test: np.ndarray
 
     @property
-    def score(self):
-        return "test_mse" if self.y.shape[1] == 1 else "test_error"
-
-    @property
-    def constant_guess(self):
-        """The score of always guessing the mean, or the commonest class."""
-        mean = self.y.mean(axis=0)
-        if self.y.shape[1] == 1:
-            return float(np.mean((self.y_test - mean) ** 2))
-        return float(np.mean(self.y_test.argmax(axis=1) != mean.argmax()))
-
-    @property
     def digest(self):
         """A number that tells one set of data from another."""
         return zlib.crc32(self.y, zlib.crc32(self.x)) + len(self.x_test)
@@ -103,6 +91,12 @@ def targets(y, path):
     return y[:, None] == classes
 
 
+def constant_guess(data, task_of):
+    """The score of always guessing the mean, or the commonest class. task_of(k): sgd.task_of."""
+    task, mean = task_of(data.y.shape[1]), data.y.mean(axis=0)
+    return task.test(np.broadcast_to(mean, data.y_test.shape), data.y_test)
+
+
 def check_columns(data, layers):
     """UserError unless the --layers of the lowest part fit x."""
     columns = data.x.shape[1]
@@ -112,26 +106,26 @@ def check_columns(data, layers):
             f"--layers begins with {layers[0]}, but x has {columns} columns: --layers {cure}")
 
 
-def check_targets(data, width, who):
-    """UserError unless an output of this width fits y. `who` names the option or the network."""
+def check_targets(data, width, who, y_is):
+    """UserError unless an output of this width fits y. `who` names the option or the network,
+    `y_is` what y holds."""
     k = data.y.shape[1]
     if width != k:
-        means = "numbers" if k == 1 else f"labels of {k} classes"
-        raise UserError(f"{who} ends with {width}, but y holds {means}: it must end with {k}")
+        raise UserError(f"{who} ends with {width}, but y holds {y_is}: it must end with {k}")
 
 
-def describe(data):
-    """What a person should know before a run, as lines of text."""
-    what = "the mean" if data.score == "test_mse" else "the commonest class"
+def describe(data, task, constant):
+    """What a person should know before a run, as lines of text: `task` is one of sgd.py's, and
+    `constant` the score of its constant guess."""
     lines = [f"{len(data.x):,} examples to train on, {len(data.x_test):,} held out; always "
-             f"guessing {what} would have a held-out {data.score[5:]} of {data.constant_guess:.4f}"]
+             f"guessing {task.constant} would have a {task.label} of {constant:.4f}"]
     highest = np.abs(data.x).max(axis=0)
     if highest.max() > WIDE:
         column = int(highest.argmax())
         low, high = data.x[:, column].min(), data.x[:, column].max()
         lines.append(f"warning: column {column} of x goes from {low:g} to {high:g}, and sigmoids "
                      "saturate beyond a few units; save (x - x.mean(0)) / (x.std(0) + 1e-9)")
-    if data.score == "test_mse" and np.abs(data.y).max() > WIDE:
+    if np.abs(data.y).max() > WIDE:
         lines.append(f"warning: y goes from {data.y.min():g} to {data.y.max():g}, which makes "
                      "gradients large; save (y - y.mean()) / y.std()")
     return "\n".join(lines)

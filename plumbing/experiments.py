@@ -7,12 +7,9 @@ import sys
 
 from plumbing import launch, runs
 
-FAST = ["--learning-rate", "2.7", "--momentum", "0.9", "--warm-up", "0"]  # for true gradients
 EXPERIMENTS = {
-    "guesses": [], "labels": ["--condition-on-labels"], "true": ["--gradients", "true", *FAST],
-    "delayed": ["--gradients", "delayed", "--staleness", "4", *FAST],
-    "zero": ["--gradients", "zero"],
-    "shuffled": ["--gradients", "shuffled"]}
+    "guesses": [], "labels": ["--condition-on-labels"],
+    **{kind: ["--gradients", kind] for kind in ("true", "delayed", "local", "zero", "shuffled")}}
 
 
 def main(argv):

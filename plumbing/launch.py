@@ -25,6 +25,10 @@ if hasattr(subprocess, "CREATE_NEW_PROCESS_GROUP"):  # Windows has neither sessi
 else:  # SIGTERM, since a SIGINT that comes while Python starts may be lost
     APART, STOP = {"start_new_session": True}, signal.SIGTERM
 
+# options of all parts but the highest, besides --gradients
+LOWER = ("--staleness", "--learning-rate", "--momentum", "--warm-up", "--decay", "--head",
+         "--head-rate", "--head-momentum")
+
 
 def widths(text):
     """For argparse: "24-12" -> [24, 12]."""
@@ -39,7 +43,9 @@ def parse(argv):
     parser = options.make_parser(__doc__, seed=0, progress_dir="progress", token_file=None,
                                  resume=False)
     parser.prog, add = "plumbing.launch", parser.add_argument
-    add("--gradients", default="synthetic", help="of train_input.py (%(default)s)")
+    add("--gradients", default="synthetic", help="of all parts but the highest (%(default)s)")
+    for name in ("--batch-size", *LOWER):
+        add(name, nargs="*", help="of these, too" if name in LOWER else "of all parts")
     add("--parts", type=widths, nargs="+", default=[[2, 24], [24, 12, 1]], metavar="WIDTHS",
         help="the widths of each part, the lowest first (2-24 24-12-1)")
     add("--oracle-layers", type=options.number(int, 1), nargs="*", default=[64, 64],
@@ -50,6 +56,10 @@ def parse(argv):
         help="the lowest oracle's; the others' follow (%(default)s)")
     add("--port", type=options.number(int, 1, 65535), help="the input trainer's (--first-port + 2)")
     args, args.rest = parser.parse_known_args(argv)
+    given = {name: vars(args)[name[2:].replace("-", "_")] for name in ("--batch-size", *LOWER)}
+    words = {name: [name, *values] for name, values in given.items() if values is not None}
+    args.trainers = words.pop("--batch-size", [])
+    args.lower = [word for each in words.values() for word in each]
     if len(args.parts) < 2:
         parser.error("--parts takes two or more parts, like 2-24 24-12-1")
     for below, above in itertools.pairwise(args.parts):
@@ -76,12 +86,15 @@ def command_lines(args, hosts=None):
         port[f"middle{k}"], port[f"oracle{k + 1}"] = first + 9 + 2 * k, first + 10 + 2 * k
     server = {name: f"{(hosts or {}).get(name, '127.0.0.1')}:{port[name]}" for name in port}
     oracles = [server[f"oracle{k}"] for k in links]
-    locked, late = (args.gradients == kind for kind in ("true", "delayed"))
-    asked = [] if locked else links[late:]
-    taught = [server["input"], *oracles[1:]] if late else oracles
+    asked = links if args.gradients in ("synthetic", "shuffled") else []
+    if args.gradients in ("true", "delayed"):
+        taught = [server[part] for part in parts]
+    else:
+        taught = oracles if asked else ["none"] * len(links)
     token = ["--token-file", args.token_file] if args.token_file else []
     shared = ["--seed", args.seed, *token]
-    trainer = [*shared, *["--resume"] * args.resume]
+    trainer = [*shared, *args.trainers, *["--resume"] * args.resume]
+    lower = ["--gradients", args.gradients, *trainer, *args.lower]
     labels = ["--condition-on-labels", args.labels] if args.labels else []
 
     def beside(name):
@@ -98,7 +111,7 @@ def command_lines(args, hosts=None):
         commands[f"middle{k}"] = [
             "train_middle.py", "--layers", *args.parts[k], "--lower-oracle-server", taught[k - 1],
             "--oracle-server", oracles[k], "--output-server", server[parts[k + 1]],
-            "--progress-dir", beside(f"middle{k}"), *["--gradients", "true"] * locked, *trainer]
+            "--progress-dir", beside(f"middle{k}"), *lower]
     others = [server[name] for name in commands if name not in ("oracle1", "output")]
     if hosts is None:
         commands["page"] = [
@@ -107,8 +120,7 @@ def command_lines(args, hosts=None):
             *(["--also", *others] if others else [])]
     commands["input"] = [
         "train_input.py", "--layers", *args.parts[0], "--oracle-server", oracles[0],
-        "--output-server", server[parts[1]], "--gradients", args.gradients, "--progress-dir",
-        folder, *trainer, *args.rest]
+        "--output-server", server[parts[1]], "--progress-dir", folder, *lower, *args.rest]
     return {name: [script, "--port", str(port[name]), *map(str, words)]
             for name, (script, *words) in commands.items()}
 

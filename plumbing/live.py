@@ -16,7 +16,7 @@ from plumbing.errors import NoAnswer, Refused
 from plumbing.wire import Client
 
 TIMEOUT = 2                    # seconds to wait for a process
-NO_ORACLE = "true", "delayed"  # the values of --gradients with which no oracle is asked
+ORACLE = "synthetic", "shuffled"  # the values of --gradients with which an oracle is asked
 
 
 class Process:
@@ -51,7 +51,7 @@ def missing(statuses):
     names = []
     for name, status in statuses.items():
         below = middle if " at " in name else [statuses["input trainer"] or {}]
-        unused = below and all(part.get("gradients") in NO_ORACLE for part in below)
+        unused = below and all(part.get("gradients") not in ORACLE for part in below)
         if status is None and not (name.startswith("oracle") and unused):
             names.append(name)
     return names

@@ -35,8 +35,8 @@ SHARED = {
     "seed": dict(type=number(int, 0), help="random seed (%(default)s)"),
     "keep": dict(type=number(int, 1), help="newest examples to train on (%(default)s)"),
     "replay": dict(type=number(float, 0), help="training draws per new example (%(default)s)"),
-    "staleness": dict(type=number(int, 1), help="updates that a gradient may be late; then this "
-                                                "part waits (%(default)s)"),
+    "staleness": dict(type=number(int, 1), help="minibatches that what is known above may be "
+                                                "late; then this part waits (%(default)s)"),
     "patience": dict(type=number(float, 0), help="seconds to wait for a process (%(default)s)"),
     "oracle_server": dict(help="where the oracle is (%(default)s)"),
     "output_server": dict(help="where the part above is (%(default)s)"),
@@ -55,7 +55,10 @@ def make_parser(doc, port=None, **defaults):
     if port:
         defaults = {"host": "127.0.0.1", "port": port, "token_file": None, **defaults}
     for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **SHARED[name])
+        words = SHARED[name]
+        if default is None:
+            words = words | {"help": words["help"].replace("%(default)s", "by --gradients")}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **words)
     return parser
 
 

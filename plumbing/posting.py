@@ -6,20 +6,22 @@ import numpy as np
 
 from plumbing import say
 
+THROWN = 20_000  # examples that an Outbox holds at most
+MAX_BYTES = 2**22  # of arrays in a message, and one minibatch more
 PAUSE = 0.004    # seconds between posts: what is thrown meanwhile shares one request
 TRY_AGAIN = 0.5  # seconds until a post that failed is followed by the next one
 
 
 class Newest(collections.deque):
-    """Minibatches, which are tuples of columns: the newest that have at most `max_rows` examples
-    together, and always the last one."""
+    """Minibatches, (clock, columns): the newest that have at most `max_rows` examples together, and
+    always the last one."""
 
     def __init__(self, max_rows):
         self.max_rows, self.rows = max_rows, 0
 
-    def append(self, columns):
+    def append(self, clock, columns):
         """Returns how many examples were dropped for it."""
-        super().append(columns)
+        super().append((clock, columns))
         self.rows += len(columns[0])
         dropped = 0
         while self.rows > self.max_rows and len(self) > 1:
@@ -27,7 +29,8 @@ class Newest(collections.deque):
         return dropped
 
     def popleft(self):
-        columns = super().popleft()
+        """The columns of the oldest minibatch."""
+        _, columns = super().popleft()
         self.rows -= len(columns[0])
         return columns
 
@@ -37,32 +40,31 @@ class Outbox:
 
     The queue holds at most `max_rows` examples; beyond that the oldest are dropped. What cannot be
     delivered is dropped too. thrown = sent + dropped + what waits or is on its way. A thread of its
-    own takes messages of at most `per_message` examples from here, see Poster.
+    own takes messages of at most MAX_BYTES from here, see Poster.
     """
 
-    def __init__(self, max_rows, per_message):
-        self.per_message = per_message
+    def __init__(self, max_rows=THROWN):
         self.queue, self.kept = Newest(max_rows), Newest(max_rows)  # kept: to throw again
         self.changed, self.closing = threading.Condition(), False
         self.thrown = self.sent = self.dropped = 0
 
-    def throw(self, *columns):
-        """columns: i, h, y, clock, and g where it is known. Nobody may write to them any more."""
+    def throw(self, i, h, y, clock, start, *g):
+        """A minibatch, with its gradient if that is known. Nobody may write to it any more."""
         with self.changed:
-            self._append(columns)
-            self.kept.append(columns)
+            self._append(int(clock[0]), (i, h, y, clock, start, *g))
+            self.kept.append(int(clock[0]), (i, h, y, clock, start, *g))
 
     def throw_again(self, after):
-        """Throw once more what is newer than the clock `after`; all that is kept if it is None."""
+        """Throw once more what is newer than the clock `after`, and does not wait here."""
         with self.changed:
-            waiting = {id(columns) for columns in self.queue}
-            for columns in self.kept:
-                if id(columns) not in waiting and (after is None or columns[3].max() > after):
-                    self._append(columns)
+            waiting = {id(columns[0]) for _, columns in self.queue}
+            for clock, columns in self.kept:
+                if clock > after and id(columns[0]) not in waiting:
+                    self._append(clock, columns)
 
-    def _append(self, columns):
+    def _append(self, clock, columns):
         self.thrown += len(columns[0])
-        self.dropped += self.queue.append(columns)
+        self.dropped += self.queue.append(clock, columns)
         self.changed.notify()
 
     def next_message(self):
@@ -72,10 +74,10 @@ class Outbox:
         """
         with self.changed:
             self.changed.wait_for(lambda: self.queue or self.closing)
-            taken, rows = [], 0
-            while self.queue and (not taken or rows + len(self.queue[0][0]) <= self.per_message):
+            taken, size = [], 0
+            while self.queue and (not taken or size < MAX_BYTES):
                 taken.append(self.queue.popleft())
-                rows += len(taken[-1][0])
+                size += sum(column.nbytes for column in taken[-1])
         return [np.concatenate(column) for column in zip(*taken, strict=True)] or None
 
     def counters(self):
@@ -84,10 +86,11 @@ class Outbox:
 
 
 class Poster:
-    """Posts an outbox's messages until it is closed. `to` names the receiver in what is printed."""
+    """Posts an outbox's messages until it is closed. `to` names the receiver in what is printed.
+    pause: seconds between posts."""
 
-    def __init__(self, outbox, post, to):
-        self.outbox, self.post, self.to = outbox, post, to
+    def __init__(self, outbox, post, to, pause=PAUSE):
+        self.outbox, self.post, self.to, self.pause = outbox, post, to, pause
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -108,7 +111,8 @@ class Poster:
             with outbox.changed:
                 outbox.sent += rows * delivered
                 outbox.dropped += rows * (not delivered)
-                outbox.changed.wait_for(lambda: outbox.closing, PAUSE if delivered else TRY_AGAIN)
+                outbox.changed.wait_for(lambda: outbox.closing, self.pause if delivered
+                                        else TRY_AGAIN)
                 if outbox.closing and not delivered:
                     return
 

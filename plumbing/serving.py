@@ -1,15 +1,10 @@
-"""The HTTP server of a trainer or oracle: requests, token, waiting for others, stopping."""
-import contextlib
+"""The HTTP server of a trainer or oracle: requests, token, errors as JSON."""
+import getpass
 import hmac
 import logging
-import os
 import re
-import signal
 import socket
-import sys
 import threading
-import time
-import traceback
 import uuid
 from urllib.parse import urlsplit
 
@@ -20,109 +15,20 @@ from waitress.parser import HTTPRequestParser
 from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 
-from plumbing import options, say
+from plumbing import say
 from plumbing.errors import Diverged, NoAnswer, Refused, UserError
 from plumbing.wire import MAX_BODY, Malformed, decode, rows_per_message
 
 LOOPBACK = "127.0.0.1", "localhost", "::1"
 CONNECTIONS = 64         # at a time; each may send MAX_BODY bytes, which waitress keeps in a file
 THREADS = 4              # requests that are worked on at a time; the others wait in waitress
-REPORT_SECONDS = 30      # between two lines about what has been trained
 ID = uuid.uuid4().hex    # of this process, so that a cycle of parts can be noticed
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came, and what can be kept has been kept."""
-
-
-class Stop:
-    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). After that, Ctrl-C ends at once.
-
-    A plain flag, because a signal may come while the main thread holds a threading.Event's lock.
-    """
-
-    def __init__(self):
-        self.requested, self.exit_code = False, 0
-        for name in {"SIGTERM", "SIGINT", "SIGBREAK"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), self._request)
-
-    def _request(self, number, _):
-        if self.requested and number != signal.SIGTERM:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self.exit_code = True, 0 if number == signal.SIGTERM else 130
-
-    def __bool__(self):
-        return self.requested
-
-
-def until_answered(call, who, stop, patience):
-    """call() again and again while it raises NoAnswer, ever less often. Says for whom it waits.
-
-    Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: after a stop
-    request one failed call ends the wait.
-    """
-    began, pause, said = time.monotonic(), 0.001, False
-    while True:
-        try:
-            answer = call()
-            if said:
-                say(f"going on after {time.monotonic() - began:.0f} s: {who} has caught up")
-            return answer
-        except NoAnswer as error:
-            waited = time.monotonic() - began
-            if stop:
-                raise Stopped(error) from None
-            if waited > patience:
-                raise
-            if waited > 1 and not said:
-                said = True
-                say(f"waiting for {who} ({error})")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.2)
-
-
-class Reporter:
-    """Prints a line every REPORT_SECONDS, if there were updates since the last one."""
-
-    def __init__(self):
-        self.reported, self.updates = time.monotonic(), 0
-
-    def now_and_then(self, updates, line):
-        if time.monotonic() - self.reported > REPORT_SECONDS:
-            self.reported = time.monotonic()
-            if updates != self.updates:
-                self.updates = updates
-                say(line())
 
 
 def check_batch(batch_size, width, k):
     """UserError unless a minibatch with its gradients fits into a message."""
     if batch_size > (most := rows_per_message(2 * width + k)):
         raise UserError(f"--batch-size must be at most {most}, so that it fits into a message")
-
-
-def check_partner(status, width, k, name):
-    """UserError unless the status of the part or the oracle above a cut of `width` fits it and y
-    of `k`. UserError, too, if this process is above that one."""
-    if status.layers[0] != width:
-        raise UserError(f"the --layers of {name} begin with {status.layers[0]}, ours end "
-                         f"with {width}")
-    if status.condition_on_labels not in (0, k or status.condition_on_labels):
-        raise UserError(f"{name} was started with --condition-on-labels "
-                         f"{status.condition_on_labels}; y has a width of {k}")
-    if ID in status.ids:
-        raise UserError(f"{name} has this process above it: the parts form a cycle. "
-                         "--output-server is the address of the next part towards the output")
-
-
-def check_unused(partners):
-    """UserError unless nobody in {name: status} has made an update yet."""
-    used = [f"{name} (at {each.updates} updates)" for name, each in partners.items()
-            if each.updates]
-    if used:
-        raise UserError(f"{' and '.join(used)} took part in an earlier run, or in one that goes "
-                         "on: restart what is named, or continue that run with --resume")
 
 
 def refusal(host, authorization, names, token):
@@ -181,7 +87,7 @@ def make_app(process, status, args):
 
     @app.get("/status")
     def get_status():
-        numbers = {"process": process, "ids": [ID], **status()}
+        numbers = {"process": process, "ids": [ID], "user": getpass.getuser(), **status()}
         return {name: value if value == value else None for name, value in numbers.items()}  # NaN
 
     return app
@@ -190,8 +96,13 @@ def make_app(process, status, args):
 def message(kind, **widths):
     """The fields of the request that is being answered, which must be a `kind`."""
     body = flask.request.get_data(cache=False)
-    flask.g.values = b'"values"' in body  # then the answer has values, too
+    flask.g.values = b'"values"' in body
     return decode(body, kind, **widths)
+
+
+def wants_values():
+    """Whether the message that is being answered spelled its arrays out: then the answer does."""
+    return flask.g.values
 
 
 def as_json(body):
@@ -240,26 +151,3 @@ def serve(app, listener, args):
             "training; see --token-file")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     threading.Thread(target=server.run, daemon=True).start()
-
-
-def run(main, parser):
-    """Parse, run main(args, stop), exit with 0, with 130 after Ctrl-C, or as one_line_errors().
-    After an error of the code: with its traceback and 1.
-
-    Nobody waits for the threads that still answer requests. If one of them is in C++ code (a
-    picture, TensorFlow), it would abort the process while Python shuts down. So the process ends
-    without that.
-    """
-    args, stop = options.parse(parser), Stop()
-    try:
-        with options.one_line_errors(parser), contextlib.suppress(Stopped):
-            main(args, stop)
-        code = stop.exit_code
-    except SystemExit as error:
-        code = error.code
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -126,9 +126,9 @@ def _checked(value, name, rows, width):
 
 
 def rows_per_message(width):
-    """How many examples of `width` floats fit into a message. In base64 a float takes 16/3 bytes; i
-    and clock take as much as 4 floats."""
-    return max(1, MAX_BODY // 2 // (6 * (width + 4)))
+    """How many examples of `width` floats fit into a message. In base64 a float takes 16/3 bytes;
+    i, clock and start take as much as 6 floats."""
+    return max(1, MAX_BODY // 2 // (6 * (width + 6)))
 
 
 class Client:
