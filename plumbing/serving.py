@@ -1,15 +1,9 @@
-"""The HTTP server of a trainer or oracle: requests, token, waiting for others, stopping."""
-import contextlib
+"""The HTTP server of a trainer or oracle: requests, token, errors as JSON."""
 import hmac
 import logging
-import os
 import re
-import signal
 import socket
-import sys
 import threading
-import time
-import traceback
 import uuid
 from urllib.parse import urlsplit
 
@@ -20,80 +14,15 @@ from waitress.parser import HTTPRequestParser
 from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 
-from plumbing import options, say
+from plumbing import say
 from plumbing.errors import Diverged, NoAnswer, Refused, UserError
+from plumbing.process import Reporter, Stop, Stopped, run, until_answered  # noqa: F401
 from plumbing.wire import MAX_BODY, Malformed, decode, rows_per_message
 
 LOOPBACK = "127.0.0.1", "localhost", "::1"
 CONNECTIONS = 64         # at a time; each may send MAX_BODY bytes, which waitress keeps in a file
 THREADS = 4              # requests that are worked on at a time; the others wait in waitress
-REPORT_SECONDS = 30      # between two lines about what has been trained
 ID = uuid.uuid4().hex    # of this process, so that a cycle of parts can be noticed
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came, and what can be kept has been kept."""
-
-
-class Stop:
-    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). After that, Ctrl-C ends at once.
-
-    A plain flag, because a signal may come while the main thread holds a threading.Event's lock.
-    """
-
-    def __init__(self):
-        self.requested, self.exit_code = False, 0
-        for name in {"SIGTERM", "SIGINT", "SIGBREAK"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), self._request)
-
-    def _request(self, number, _):
-        if self.requested and number != signal.SIGTERM:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self.exit_code = True, 0 if number == signal.SIGTERM else 130
-
-    def __bool__(self):
-        return self.requested
-
-
-def until_answered(call, who, stop, patience):
-    """call() again and again while it raises NoAnswer, ever less often. Says for whom it waits.
-
-    Ends with the answer, with NoAnswer after `patience` seconds, or with Stopped: after a stop
-    request one failed call ends the wait.
-    """
-    began, pause, said = time.monotonic(), 0.001, False
-    while True:
-        try:
-            answer = call()
-            if said:
-                say(f"going on after {time.monotonic() - began:.0f} s: {who} has caught up")
-            return answer
-        except NoAnswer as error:
-            waited = time.monotonic() - began
-            if stop:
-                raise Stopped(error) from None
-            if waited > patience:
-                raise
-            if waited > 1 and not said:
-                said = True
-                say(f"waiting for {who} ({error})")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.2)
-
-
-class Reporter:
-    """Prints a line every REPORT_SECONDS, if there were updates since the last one."""
-
-    def __init__(self):
-        self.reported, self.updates = time.monotonic(), 0
-
-    def now_and_then(self, updates, line):
-        if time.monotonic() - self.reported > REPORT_SECONDS:
-            self.reported = time.monotonic()
-            if updates != self.updates:
-                self.updates = updates
-                say(line())
 
 
 def check_batch(batch_size, width, k):
@@ -240,26 +169,3 @@ def serve(app, listener, args):
             "training; see --token-file")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     threading.Thread(target=server.run, daemon=True).start()
-
-
-def run(main, parser):
-    """Parse, run main(args, stop), exit with 0, with 130 after Ctrl-C, or as one_line_errors().
-    After an error of the code: with its traceback and 1.
-
-    Nobody waits for the threads that still answer requests. If one of them is in C++ code (a
-    picture, TensorFlow), it would abort the process while Python shuts down. So the process ends
-    without that.
-    """
-    args, stop = options.parse(parser), Stop()
-    try:
-        with options.one_line_errors(parser), contextlib.suppress(Stopped):
-            main(args, stop)
-        code = stop.exit_code
-    except SystemExit as error:
-        code = error.code
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -14,7 +14,7 @@ import flask
 import numpy as np
 import pytest
 
-from plumbing import live, options, serving
+from plumbing import live, options, process, serving
 from plumbing.errors import Diverged, FileError, NoAnswer, Refused, UserError
 from plumbing.wire import MAX_BODY, encode, rows_per_message
 from synthgrad import Question
@@ -258,8 +258,8 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(serving, "time", Clock())
-    return serving.time
+    monkeypatch.setattr(process, "time", Clock())
+    return process.time
 
 
 class Partner:
@@ -277,51 +277,51 @@ class Partner:
 
 
 def test_a_partner_is_waited_for_as_long_as_patience_lasts_and_no_longer(clock):
-    assert serving.until_answered(Partner(clock, 99), "it", False, patience=100) == "answer"
+    assert process.until_answered(Partner(clock, 99), "it", False, patience=100) == "answer"
     clock.now = 0
     with pytest.raises(NoAnswer, match="nobody there"):
-        serving.until_answered(Partner(clock, 1e9), "it", False, patience=100)
+        process.until_answered(Partner(clock, 1e9), "it", False, patience=100)
     assert 100 < clock.now < 102
 
 
 def test_for_whom_it_waits_is_said_once_and_that_it_goes_on(clock, capsys):
-    serving.until_answered(Partner(clock, 50), "the oracle", False, patience=100)
+    process.until_answered(Partner(clock, 50), "the oracle", False, patience=100)
     said = capsys.readouterr().err.splitlines()
     assert said == ["waiting for the oracle (nobody there)",
                     "going on after 50 s: the oracle has caught up"]
     clock.now = 0
-    serving.until_answered(Partner(clock, 0.5), "the oracle", False, patience=100)
+    process.until_answered(Partner(clock, 0.5), "the oracle", False, patience=100)
     assert capsys.readouterr().err == "", "short waits are not worth a line"
 
 
 def test_a_partner_is_asked_often_at_first_and_then_a_few_times_a_second(clock):
     quick, slow = Partner(clock, 0.01), Partner(clock, 100)
-    serving.until_answered(quick, "it", False, patience=200)
+    process.until_answered(quick, "it", False, patience=200)
     assert clock.now < 0.02
     clock.now = 0
-    serving.until_answered(slow, "it", False, patience=200)
+    process.until_answered(slow, "it", False, patience=200)
     assert 300 < slow.asked < 1100
 
 
 def test_once_a_stop_is_requested_nobody_is_waited_for(clock):
-    with pytest.raises(serving.Stopped):
-        serving.until_answered(Partner(clock, 50), "it", True, patience=100)
+    with pytest.raises(process.Stopped):
+        process.until_answered(Partner(clock, 50), "it", True, patience=100)
     assert clock.now == 0
-    assert serving.until_answered(Partner(clock, 0), "it", True, patience=100) == "answer"
+    assert process.until_answered(Partner(clock, 0), "it", True, patience=100) == "answer"
 
 
 def test_what_is_refused_is_not_asked_again(clock):
     def refused():
         raise Refused("bad", 400)
     with pytest.raises(Refused):
-        serving.until_answered(refused, "it", False, patience=100)
+        process.until_answered(refused, "it", False, patience=100)
 
 
 def test_a_stop_is_a_flag_with_an_exit_code_and_a_second_ctrl_c_ends_at_once(monkeypatch):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     for first, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
-        stop = serving.Stop()
+        stop = process.Stop()
         assert not stop
         handlers[first](first, None)
         assert stop and stop.exit_code == code
@@ -332,7 +332,7 @@ def test_a_stop_is_a_flag_with_an_exit_code_and_a_second_ctrl_c_ends_at_once(mon
 
 
 def test_a_line_now_and_then_only_if_there_were_updates(monkeypatch, capsys, clock):
-    reporter = serving.Reporter()
+    reporter = process.Reporter()
     for now, updates in ((1, 5), (31, 5), (40, 9), (62, 9), (93, 9)):
         clock.now = now
         reporter.now_and_then(updates, lambda updates=updates: f"{updates} updates")
@@ -384,14 +384,14 @@ def test_a_process_ends_while_a_thread_still_works(ending, code):
     the live page). One that is not a daemon is waited for if Python shuts down."""
     program = f"""
 import argparse, threading
-from plumbing import serving
+from plumbing import process
 from plumbing.errors import UserError
 def main(*_):
     threading.Thread(target=threading.Event().wait).start()
     print("said", end=""){ending}
 parser = argparse.ArgumentParser("program.py")
 parser.set_defaults(token_file=None)
-serving.run(main, parser)"""
+process.run(main, parser)"""
     ended = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True)
     assert (ended.returncode, ended.stdout) == (code, b"said")
 
