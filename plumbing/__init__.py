@@ -3,8 +3,8 @@
 Linear algebra gets one thread per process: the matrices are small, idle OpenBLAS threads spin, and
 the processes share the machine's cores. No graphics card is used: so small a model is fastest
 without, and starts sooner. TensorFlow's messages at its start are hidden, its errors are not. Set a
-variable yourself to choose otherwise. Two are fixed: oracle.py is written for TensorFlow, and
-pictures are files, which need no window or notebook.
+variable yourself to choose otherwise; only KERAS_BACKEND is fixed, since oracle.py is written for
+TensorFlow.
 
 A character that a terminal or pipe cannot show is printed as "?".
 """
@@ -18,7 +18,7 @@ for name, value in (("OPENBLAS_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"),
                     ("TF_NUM_INTEROP_THREADS", "1"), ("CUDA_VISIBLE_DEVICES", ""),
                     ("TF_CPP_MIN_LOG_LEVEL", "2")):
     os.environ.setdefault(name, value)
-os.environ.update(KERAS_BACKEND="tensorflow", MPLBACKEND="agg")
+os.environ["KERAS_BACKEND"] = "tensorflow"
 for stream in sys.stdout, sys.stderr:
     if hasattr(stream, "reconfigure"):  # not in a notebook
         stream.reconfigure(errors="replace")
@@ -44,7 +44,9 @@ def say(text):
 
 
 def new_figure(size):
-    """An empty Matplotlib figure of `size` inches, whatever style a matplotlibrc asks for."""
+    """An empty Matplotlib figure of `size` inches, for a file. No backend of a notebook is loaded,
+    and no style or font from a matplotlibrc."""
+    os.environ["MPLBACKEND"] = "agg"
     import matplotlib  # here, because it takes a second
     from matplotlib.figure import Figure
     matplotlib.rcdefaults()
