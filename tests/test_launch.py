@@ -152,9 +152,11 @@ def test_each_option_goes_to_the_processes_that_have_it():
     commands = composed(
         "--parts", "784-256", "256-256", "256-10", "--oracle-layers", "--seed", "7", "--resume",
         "--progress-dir", "runs/deep", "--token-file", "secret", "--port", "6000", "--first-port",
-        "6001", "--learning-rate", "0.3", "--held-out", "10000")
+        "6001", "--learning-rate", "0.3", "--held-out", "10000", "--allow-host", "hub",
+        "--allow-host", "hub.example")
     for name, command in commands.items():
         assert "--token-file secret" in command
+        assert "--allow-host hub --allow-host hub.example" in command
         assert ("--seed 7" in command) == (name != "page")
         assert ("--resume" in command) == (name in ("input", "middle1", "output"))
         assert ("--learning-rate 0.3" in command) == (name == "input")
@@ -310,7 +312,35 @@ def test_a_child_that_dies_ends_the_launcher(script, tmp_path, small_data):
         launched.started()[script].kill()
         assert launched.end() == (2 if script != "train_input.py" else -signal.SIGKILL % 256)
     if script != "train_input.py":
-        assert f"{script} ended with exit code -9" in launched.log.read_text()
+        assert f"{script} was ended by SIGKILL (somebody" in launched.log.read_text()
+
+
+@pytest.mark.parametrize("code, said", [
+    (2, "ended with exit code 2"), (-signal.SIGTERM, "was ended by SIGTERM"),
+    (-signal.SIGILL, "was ended by SIGILL (the processor lacks instructions that TensorFlow is "
+                     "compiled for, such as AVX)"), (-99, "was ended by signal 99")])
+def test_how_a_process_has_ended_is_said_in_words(code, said):
+    assert launch.ending(code) == said
+
+
+@pytest.mark.processes
+def test_nobody_is_left_when_the_launcher_is_killed(tmp_path, small_data):
+    with Launched(tmp_path, *small_data, *ENDLESS) as launched:
+        launched.wait_for_training()
+        launched.process.kill()
+        wait_until(lambda: not launched.started(), "the processes to end", 20)
+
+
+@pytest.mark.processes
+def test_a_program_ends_when_the_process_that_started_it_holds_its_pipe_no_longer(tmp_path):
+    (script := tmp_path / "script.py").write_text(
+        "import plumbing, signal\nsignal.alarm(60)\nprint('ready', flush=True)\nsignal.pause()")
+    program = launch.start([str(script)], stdout=subprocess.PIPE, cwd=ROOT,
+                           env={**os.environ, "PYTHONPATH": str(ROOT), "END_WITH_PARENT": "1"})
+    assert program.stdout.readline() == b"ready\n"
+    program.stdin.close()
+    assert program.wait(20) == 1
+    program.stdout.close()
 
 
 @pytest.mark.processes
@@ -338,4 +368,5 @@ def test_a_port_that_is_taken_is_one_clear_line(small_data):
             [sys.executable, "-m", "plumbing.launch", *map(str, small_data), "--first-port",
              str(first)], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
-    assert f"port {first + 1}, for train_output.py, is taken" in again.stderr
+    assert f"port {first + 1}, for train_output.py, is taken. Another program" in again.stderr
+    assert "--first-port 6001 --progress-dir second" in again.stderr
