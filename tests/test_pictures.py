@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -320,6 +321,14 @@ def test_the_page_says_that_the_input_trainer_writes_to_another_folder(tmp_path)
     assert line(str(tmp_path / "link")) is None
     assert str(tmp_path / "lr1") in line(str(tmp_path / "lr1"))
     assert live.other_folder({"input trainer": None}, tmp_path) is None
+
+
+def test_behind_a_proxy_with_a_prefix_the_page_asks_below_that_prefix():
+    """JupyterHub serves it as /user/NAME/proxy/5004/, so no URL may begin with a slash."""
+    page = (ROOT / "plumbing" / "page.html").read_text(encoding="utf-8")
+    asked = re.findall(r"fetch\([`'\"]([^`'\"]*)", page)
+    assert asked == ["${id}${shape}.png?version=${version}", "live"]
+    assert not re.search(r"(src|href)=[\"']?/", page)
 
 
 @contextlib.contextmanager
