@@ -15,6 +15,7 @@ this driver has seen that trainer answer. One whose neighbour was moved restarts
 because the command holds the neighbour's address. An input trainer that is lost before its first
 row cannot continue: it says what to restart.
 """
+import os
 import subprocess
 import sys
 import time
@@ -113,7 +114,8 @@ def main(argv):
     """The exit code: the input trainer's, or 2 if another process has ended."""
     args = parse(argv)
     token = options.read_token(args.token_file) if args.token_file else None
-    ray.init()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}})  # where actors find plumbing
     commands = command_lines(args, hosts={})
     actors = {name: Runner.remote(str(ROOT), str(Path.cwd()), token) for name in commands}
     resume = {name: [] for name in commands}  # at the first start, unless it is in argv

@@ -89,7 +89,7 @@ def on_ray(monkeypatch):
         late = [call for call in calls if call == "late"]
         return [call for call in calls if call not in late], late
     ray = SimpleNamespace(
-        remote=lambda **_: lambda kind: kind, init=lambda: None, wait=wait, get=lambda calls: calls,
+        remote=lambda **_: lambda kind: kind, init=lambda **_: None, wait=wait, get=lambda calls: calls,
         util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"))
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.delitem(sys.modules, "examples.on_ray", raising=False)
