@@ -89,8 +89,8 @@ def on_ray(monkeypatch):
         late = [call for call in calls if call == "late"]
         return [call for call in calls if call not in late], late
     ray = SimpleNamespace(
-        remote=lambda **_: lambda kind: kind, init=lambda **_: None, wait=wait, get=lambda calls: calls,
-        util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"))
+        remote=lambda **_: lambda kind: kind, init=lambda **_: None, wait=wait,
+        get=lambda calls: calls, util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"))
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.delitem(sys.modules, "examples.on_ray", raising=False)
     module = importlib.import_module("examples.on_ray")
