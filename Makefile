@@ -10,6 +10,9 @@ VENV ?= .venv
 EPOCHS ?= 16
 PARTS ?= 2-24 24-12 12-1
 BIN = $(VENV)/bin
+# "broken" if an upgrade has taken the environment's Python or its packages. It is made again.
+BROKEN := $(shell test ! -e $(VENV)/pyvenv.cfg || $(BIN)/python -c "" 2>/dev/null && { \
+  test ! -e $(VENV)/ready || $(BIN)/python -c "import msgspec" 2>/dev/null; } || echo broken)
 
 run: x.npy
 	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) $(ARGS)
@@ -52,8 +55,9 @@ $(BENCHES): x.npy $(VENV)/tests-ready
 x.npy: $(VENV)/ready
 	test -e x.npy -o -e y.npy || $(BIN)/python generate.py
 
-$(VENV)/ready: requirements.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/ready: requirements.txt $(if $(BROKEN),always)
+	$(PYTHON) plumbing/check_machine.py
+	$(PYTHON) -m venv $(if $(BROKEN),--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
@@ -67,4 +71,4 @@ clean:
 	  learning_curves.png .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
-.PHONY: run chain try lint test test-fast mutants sgd plots clean $(BENCHES)
+.PHONY: always run chain try lint test test-fast mutants sgd plots clean $(BENCHES)

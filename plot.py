@@ -13,11 +13,11 @@ import io
 import itertools
 from pathlib import Path
 
-from plumbing import options, runs, say  # first, see there
+from plumbing import new_figure, options, runs, say  # first, see there
 import numpy as np
-from tqdm import tqdm
 
 from generate import target
+from plumbing.bar import progress_bar
 from plumbing.errors import UserError, file_errors
 from sgd import CLASS, NUMBER, feed_forward, layers_from_weights
 
@@ -158,8 +158,7 @@ def read_run(folder):
 
 def png(draw, *args, size=(8, 3.6), dpi=100):
     """The bytes of a PNG file of what draw(figure, *args) draws."""
-    from matplotlib.figure import Figure
-    figure, buffer = Figure(size, layout="constrained"), io.BytesIO()
+    figure, buffer = new_figure(size), io.BytesIO()
     draw(figure, *args)
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
@@ -186,7 +185,7 @@ def draw_run(folder, out):
     pictures.mkdir(exist_ok=True)
     for old in (old for kind in KINDS for old in pictures.glob(f"{kind}_*.png")):
         old.unlink()
-    for path in tqdm(runs.snapshots(folder), desc="pictures", unit="snapshot"):
+    for path in progress_bar(runs.snapshots(folder), desc="pictures", unit="snapshot"):
         try:
             snapshot = runs.read_snapshot(path)
             for kind, (draw, size, *_) in KINDS.items():

@@ -9,6 +9,7 @@ What has not ended after 30 s is killed. All other options go to train_input.py.
 """
 import argparse
 import itertools
+import os
 import random
 import signal
 import socket
@@ -18,12 +19,19 @@ import time
 from pathlib import Path
 
 from plumbing import options, say
+from plumbing.process import on_stop
+from plumbing.wire import holder
 
 STOP_SECONDS = 30  # for the last snapshot, and for the others to stop, before they are killed
 if hasattr(subprocess, "CREATE_NEW_PROCESS_GROUP"):  # Windows has neither sessions nor SIGINT
     APART, STOP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}, signal.CTRL_BREAK_EVENT
 else:  # SIGTERM, since a SIGINT that comes while Python starts may be lost
     APART, STOP = {"start_new_session": True}, signal.SIGTERM
+CAUSES = {"SIGILL": "the processor lacks instructions that TensorFlow is compiled for, such as AVX",
+          "SIGKILL": "somebody killed it, or the kernel did because memory ran out (see dmesg)",
+          "SIGSEGV": "an error in compiled code, such as TensorFlow's",
+          "SIGABRT": "an error in compiled code, such as TensorFlow's",
+          "SIGBUS": "the disk or /dev/shm may be full"}
 
 # options of all parts but the highest, besides --gradients
 LOWER = ("--staleness", "--learning-rate", "--momentum", "--warm-up", "--decay", "--head",
@@ -54,6 +62,7 @@ def parse(argv):
         dest="labels", help="oracles see y, which is K wide; 0: they do not (a chain's do)")
     add("--first-port", type=options.number(int, 1, 65000), default=5001,
         help="the lowest oracle's; the others' follow (%(default)s)")
+    add("--allow-host", **options.SHARED["allow_host"], default=[])
     add("--port", type=options.number(int, 1, 65535), help="the input trainer's (--first-port + 2)")
     args, args.rest = parser.parse_known_args(argv)
     given = {name: vars(args)[name[2:].replace("-", "_")] for name in ("--batch-size", *LOWER)}
@@ -84,7 +93,8 @@ def command_lines(args, hosts=None):
     port = {"oracle1": first, "output": first + 1, "input": args.port, "page": first + 3}
     for k in links[:-1]:
         port[f"middle{k}"], port[f"oracle{k + 1}"] = first + 9 + 2 * k, first + 10 + 2 * k
-    server = {name: f"{(hosts or {}).get(name, '127.0.0.1')}:{port[name]}" for name in port}
+    server = {name: options.address((hosts or {}).get(name, "127.0.0.1"), port[name])
+              for name in port}
     oracles = [server[f"oracle{k}"] for k in links]
     asked = links if args.gradients in ("synthetic", "shuffled") else []
     if args.gradients in ("true", "delayed"):
@@ -92,6 +102,7 @@ def command_lines(args, hosts=None):
     else:
         taught = oracles if asked else ["none"] * len(links)
     token = ["--token-file", args.token_file] if args.token_file else []
+    token += [word for name in args.allow_host for word in ("--allow-host", name)]
     shared = ["--seed", args.seed, *token]
     trainer = [*shared, *args.trainers, *["--resume"] * args.resume]
     lower = ["--gradients", args.gradients, *trainer, *args.lower]
@@ -141,6 +152,28 @@ def is_taken(port):
     return False
 
 
+def start(words, **options):
+    """Start a program of the project. It ends when this process does, even if this one is killed.
+
+    Not on Windows, where a thread that reads stdin can keep a library from being loaded.
+    """
+    if os.name == "posix":
+        environment = {**os.environ, "END_WITH_PARENT": "1"}  # see plumbing/__init__.py
+        options = {"stdin": subprocess.PIPE, "env": environment, **options}
+    return subprocess.Popen([sys.executable, *words], **options)
+
+
+def ending(code):
+    """How a process has ended, in words. A negative exit code is the number of a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was ended by {name}" + (f" ({CAUSES[name]})" if name in CAUSES else "")
+
+
 def run(commands, signals):
     """Start the commands, {name: words}, and wait until one ends or `signals` is no longer empty.
 
@@ -148,14 +181,15 @@ def run(commands, signals):
     """
     for name, (script, _, port, *_) in commands.items():
         if name != "page" and is_taken(int(port)):
-            say(f"plumbing.launch: port {port}, for {script}, is taken. Is another run still "
-                "going? Stop it, or choose other ports with --first-port")
+            say(f"plumbing.launch: port {port}, for {script}, is taken. "
+                f"{holder(f'127.0.0.1:{port}')} Stop it, or start a run beside it: make run "
+                'ARGS="--first-port 6001 --progress-dir second"')
             return 2
     started, ended = {}, []
     try:
         for name, words in commands.items():
             if not signals:
-                started[name] = subprocess.Popen([sys.executable, *words], **APART)
+                started[name] = start(words, **APART)
         needed = [name for name in started if name != "page"]
         while not signals and not ended:
             time.sleep(0.1)
@@ -166,11 +200,9 @@ def run(commands, signals):
                 wait([started["input"]], lambda: len(signals) > 1)
             return 130
         code = started[ended[-1]].returncode
-        if ended[-1] == "input":
-            return code
-        say(f"plumbing.launch: {commands[ended[-1]][0]} ended with exit code {code}, so the run "
-            "is stopped")
-        return 2
+        if ended[-1] != "input" or code < 0:
+            say(f"plumbing.launch: {commands[ended[-1]][0]} {ending(code)}, so the run is stopped")
+        return code if ended[-1] == "input" else 2
     finally:
         for process in started.values():
             process.send_signal(STOP)
@@ -194,10 +226,7 @@ def catch_signals():
     A list, because an exception could come between a process' start and its entry in `started`.
     """
     caught = []
-    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):
-        number = getattr(signal, name)
-        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
-            signal.signal(number, lambda number, _: caught.append(number))
+    on_stop(lambda number, _: caught.append(number))
     return caught
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import flask
 import msgspec
 
-from plumbing import runs, say, serving
+from plumbing import options, runs, say, serving
 from plumbing.errors import NoAnswer, Refused
 from plumbing.wire import Client
 
@@ -150,6 +150,6 @@ def main(draw, args, stop):
         return (found, headers) if found else ("", 204, headers)
 
     serving.serve(app, listener, args)
-    say(f"the live page of {folder}: http://{args.host}:{args.port}/")
+    say(f"the live page of {folder}: http://{options.address(args.host, args.port)}/")
     while not stop:
         time.sleep(0.2)

@@ -23,6 +23,8 @@ def number(kind, least, most=math.inf):
 
 SHARED = {
     "host": dict(help="address to listen on (%(default)s)"),
+    "allow_host": dict(action="append", metavar="NAME",
+                       help="a name by which browsers or others reach this process; repeatable"),
     "port": dict(type=number(int, 1, 65535), help="port to listen on (%(default)s)"),
     "token_file": dict(type=Path, help="file with a secret that all processes share and ask for"),
     "layers": dict(type=number(int, 1), nargs="+", help="layer widths (%(default)s)"),
@@ -53,7 +55,8 @@ def make_parser(doc, port=None, **defaults):
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if port:
-        defaults = {"host": "127.0.0.1", "port": port, "token_file": None, **defaults}
+        defaults = {"host": "127.0.0.1", "port": port, "allow_host": [], "token_file": None,
+                    **defaults}
     for name, default in defaults.items():
         words = SHARED[name]
         if default is None:
@@ -76,10 +79,17 @@ def parse(parser):
 def read_token(path):
     """The secret in a file. UserError unless a bearer header can carry it (RFC 6750)."""
     with file_errors():
-        token = path.read_text().strip()
+        token = path.read_bytes().decode("utf-8-sig", errors="replace").strip()
     if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
-        raise UserError(f"{path}: expected a secret of letters, digits and . _ ~ + / -")
+        raise UserError(f"{path}: expected a secret of letters, digits and . _ ~ + / - in UTF-8. "
+                        "This writes one: python3 -c \"import pathlib, secrets; "
+                        f"pathlib.Path('{path.as_posix()}').write_text(secrets.token_hex())\"")
     return token
+
+
+def address(host, port):
+    """host:port, with an IPv6 host in brackets, as in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @contextlib.contextmanager

@@ -18,22 +18,32 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came, and what can be kept has been kept."""
 
 
+def on_stop(handler):
+    """Has handler(number, frame) called for each signal that asks for an end. After nohup, the end
+    of the terminal (SIGHUP) is none."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"} & set(dir(signal)):
+        number = getattr(signal, name)
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 class Stop:
-    """Turns true on SIGTERM (exit code 0) and on Ctrl-C (130). After that, Ctrl-C ends at once.
+    """Turns true on SIGTERM or SIGHUP (exit code 0) and on Ctrl-C (130). After that, Ctrl-C ends
+    the process at once.
 
     A plain flag, because a signal may come while the main thread holds a threading.Event's lock.
     """
 
     def __init__(self):
         self.requested, self.exit_code = False, 0
-        for name in {"SIGTERM", "SIGINT", "SIGBREAK"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), self._request)
+        on_stop(self._request)
 
     def _request(self, number, _):
-        if self.requested and number != signal.SIGTERM:
+        polite = signal.Signals(number).name in ("SIGTERM", "SIGHUP")
+        if self.requested and not polite:
             raise KeyboardInterrupt
         if not self.requested:
-            self.requested, self.exit_code = True, 0 if number == signal.SIGTERM else 130
+            self.requested, self.exit_code = True, 0 if polite else 130
 
     def __bool__(self):
         return self.requested
@@ -97,6 +107,7 @@ def run(main, parser):
     except Exception:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

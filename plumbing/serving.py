@@ -1,7 +1,9 @@
 """The HTTP server of a trainer or oracle: requests, token, errors as JSON."""
+import errno
 import getpass
 import hmac
 import logging
+import os
 import re
 import socket
 import threading
@@ -9,15 +11,17 @@ import uuid
 from urllib.parse import urlsplit
 
 import flask
+import msgspec
 import waitress
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
+from waitress.task import ErrorTask
 from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 
-from plumbing import say
+from plumbing import options, say
 from plumbing.errors import Diverged, NoAnswer, Refused, UserError
-from plumbing.wire import MAX_BODY, Malformed, decode, rows_per_message
+from plumbing.wire import MAX_BODY, Malformed, decode, holder, rows_per_message
 
 LOOPBACK = "127.0.0.1", "localhost", "::1"
 CONNECTIONS = 64         # at a time; each may send MAX_BODY bytes, which waitress keeps in a file
@@ -43,25 +47,29 @@ def refusal(host, authorization, names, token):
         return Refused("expected a Host like 127.0.0.1:5001", 400)
     if host not in names and not re.fullmatch(r"[\d.]+|[\da-f:.]*:[\da-f:.]*", host):
         return Refused(f"{host[:80]!r} is not a name of this process, only "
-                       f"{', '.join(sorted(names))}: start it with --host and that name, or use "
-                       "its number", 403)
-    given = Authorization.from_header(authorization)  # Basic is what a browser sends
+                       f"{', '.join(sorted(names))}: start it with --allow-host and that name, or "
+                       "use its number", 403)
+    try:
+        given = Authorization.from_header(authorization)  # Basic is what a browser sends
+    except ValueError:  # it is not in ASCII
+        given = None
     given = given and (given.token or given.password) or ""
     if token and not hmac.compare_digest(token.encode(), given.encode()):
         return Refused("expected the header Authorization: Bearer TOKEN, as in --token-file", 401)
     return None
 
 
-def names_of(host):
-    names = {"localhost", host.lower(), socket.gethostname().lower()}
-    return names if host in LOOPBACK else names | {socket.getfqdn().lower()}
+def names_of(args):
+    """The names by which a process may be asked. Any number may be used, too."""
+    names = "localhost", args.host, socket.gethostname(), *(getattr(args, "allow_host", None) or ())
+    return {name.lower() for name in names}
 
 
 def make_app(process, status, args):
     """A Flask app that answers every error as JSON, and GET /status with the dict status()."""
     app = flask.Flask(process, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"], app.json.sort_keys = MAX_BODY, False
-    names = names_of(args.host)
+    names = names_of(args)
 
     @app.before_request
     def check():
@@ -87,7 +95,8 @@ def make_app(process, status, args):
 
     @app.get("/status")
     def get_status():
-        numbers = {"process": process, "ids": [ID], "user": getpass.getuser(), **status()}
+        numbers = {"process": process, "pid": os.getpid(), "user": getpass.getuser(),
+                   "ids": [ID], **status()}
         return {name: value if value == value else None for name, value in numbers.items()}  # NaN
 
     return app
@@ -110,14 +119,32 @@ def as_json(body):
 
 
 def listen(args):
-    """The socket on which serve() will answer. UserError when the port is taken."""
+    """The socket on which serve() will answer: with --host ::, over IPv4, too. UserError when the
+    port is taken."""
+    where = options.address(args.host, args.port)
     try:
         found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
         family, *_, address = min(found)  # IPv4 first
-        return socket.create_server(address, family=family, backlog=1024)
+        both = args.host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
-        raise UserError(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Is another "
-                        "run still going? Stop it, or choose another --port") from None
+        taken = error.errno == errno.EADDRINUSE
+        cure = (f"{holder(where)} Stop it, or choose another --port" if taken else
+                "--host takes an address of this machine, --port one that you may use")
+        raise UserError(f"cannot listen on {where}: {error.strerror}. {cure}") from None
+
+
+class JsonErrorTask(ErrorTask):
+    """Answers what waitress refuses as JSON, such as a request that is not HTTP."""
+
+    def execute(self):
+        error = self.request.error
+        body = msgspec.json.encode({"error": f"{error.reason}: {error.body}"})
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
 
 
 def serve(app, listener, args):
@@ -127,7 +154,7 @@ def serve(app, listener, args):
     time; one over which nothing comes for 30 s is closed. The body of a request that will be
     refused for its host or token is not read.
     """
-    names = names_of(args.host)
+    names = names_of(args)
 
     class Parser(HTTPRequestParser):
         def parse_header(self, header):
@@ -139,7 +166,7 @@ def serve(app, listener, args):
                 self.headers["CONNECTION"] = "close"  # what follows is the body
 
     class Channel(HTTPChannel):
-        parser_class = Parser
+        parser_class, error_task_class = Parser, JsonErrorTask
 
     server = waitress.create_server(
         app, sockets=[listener], threads=THREADS, ident=None, channel_timeout=30,
@@ -147,7 +174,7 @@ def serve(app, listener, args):
         max_request_body_size=MAX_BODY + 2**20)  # a little more, so that Flask answers 413
     server.channel_class = Channel
     if not args.token and args.host not in LOOPBACK:
-        say(f"warning: anyone who reaches {args.host}:{args.port} can read and change this "
-            "training; see --token-file")
+        say(f"warning: anyone who reaches {options.address(args.host, args.port)} can read and "
+            "change this training; see --token-file")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     threading.Thread(target=server.run, daemon=True).start()

@@ -178,3 +178,17 @@ class Client:
             return decode(self.call(method, path, body), kind, **expected)
         except Malformed as error:
             raise NoAnswer(f"{self.url}{path}: {error}") from None
+
+
+def holder(address):
+    """A sentence about who listens at an address that is taken."""
+    try:
+        status = Client(address, timeout=1).call("GET", "/status")
+        status = msgspec.json.decode(status, type=dict)
+        return f"The {status['process']} (process {status['pid']}) of another run answers there."
+    except Refused as error:
+        if "--token-file" in str(error):
+            return "A process of another run, which asks for a token, answers there."
+    except (UserError, msgspec.DecodeError, LookupError, ValueError):
+        pass
+    return "Another program, or a process of another run that does not answer, listens there."

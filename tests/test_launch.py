@@ -1,4 +1,5 @@
-"""The launcher: which commands it starts, and that it leaves nobody behind."""
+"""`make run` and the launcher: the virtual environment, which commands it starts, and that it
+leaves nobody behind."""
 import os
 import signal
 import socket
@@ -8,9 +9,69 @@ import sys
 import psutil
 import pytest
 
-from plumbing import launch
+from plumbing import check_machine, launch
 from plumbing.launch import STOP_SECONDS, command_lines, free_first_port, parse, widths
 from tests.processes import ROOT, status, wait_until
+
+
+@pytest.mark.parametrize("version, machine, modules, said", [
+    ((3, 10, 4), ("Linux", "x86_64"), True, None), ((3, 13), ("Darwin", "arm64"), True, None),
+    ((3, 12), ("Windows", "AMD64"), True, None), ((3, 12), ("Linux", "aarch64"), True, None),
+    ((3, 9), ("Linux", "x86_64"), True, "for Python 3.9, only for 3.10 to 3.13."),
+    ((3, 14), ("Darwin", "arm64"), True, "make run PYTHON=python3.12"),
+    ((3, 12), ("Darwin", "x86_64"), True, "for Darwin on x86_64, only for Linux on x86_64"),
+    ((3, 12), ("Windows", "ARM64"), True, "for Windows on ARM64"),
+    ((3, 12), ("Linux", "x86_64"), False, "sudo apt install python3.12-venv")])
+def test_where_tensorflow_cannot_be_installed_one_line_says_so(version, machine, modules, said):
+    line = check_machine.problem(version, machine, modules)
+    assert said in line if said else line is None
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$*" in
+  plumbing/*) exit $UNFIT ;;
+  "-m venv"*) for venv; do :; done; mkdir -p "$venv/bin"; ln -sf "$0" "$venv/bin/python"
+              touch "$venv/pyvenv.cfg" ;;
+  *msgspec*) test -e "$PACKAGES" ;;
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(unfit=0) makes tmp_path/venv with a Python that only notes down how it is called."""
+    (fake := tmp_path / "fake").write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    (log := tmp_path / "log").touch()
+    (tmp_path / "packages").touch()
+
+    def make(unfit=0):
+        log.write_text("")
+        done = subprocess.run(
+            ["make", f"PYTHON={fake}", f"VENV={tmp_path}/venv", f"{tmp_path}/venv/ready"], cwd=ROOT,
+            env={**os.environ, "LOG": str(log), "UNFIT": str(unfit),
+                 "PACKAGES": str(tmp_path / "packages")}, capture_output=True)
+        lines = log.read_text().splitlines()
+        return done.returncode, [line for line in lines if not line.startswith("-c")]
+    return make
+
+
+def test_the_machine_is_checked_before_anything_is_made_or_downloaded(make, tmp_path):
+    assert make(unfit=2) == (2, ["plumbing/check_machine.py"])
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("broken", ["venv/bin/python", "packages"])
+def test_an_environment_is_made_once_and_again_when_its_python_has_gone(broken, make, tmp_path):
+    _, [_, made, installed] = make()
+    assert made == f"-m venv {tmp_path}/venv" and "pip install" in installed
+    assert make() == (0, [])
+    (tmp_path / broken).unlink()
+    if broken != "packages":
+        (tmp_path / broken).symlink_to(tmp_path / "no_such_python")
+    code, lines = make()
+    assert code == 0 and lines[1] == f"-m venv --clear {tmp_path}/venv" and len(lines) == 3
 
 
 def composed(*argv):
@@ -91,9 +152,11 @@ def test_each_option_goes_to_the_processes_that_have_it():
     commands = composed(
         "--parts", "784-256", "256-256", "256-10", "--oracle-layers", "--seed", "7", "--resume",
         "--progress-dir", "runs/deep", "--token-file", "secret", "--port", "6000", "--first-port",
-        "6001", "--learning-rate", "0.3", "--held-out", "10000")
+        "6001", "--learning-rate", "0.3", "--held-out", "10000", "--allow-host", "hub",
+        "--allow-host", "hub.example")
     for name, command in commands.items():
         assert "--token-file secret" in command
+        assert "--allow-host hub --allow-host hub.example" in command
         assert ("--seed 7" in command) == (name != "page")
         assert ("--resume" in command) == (name in ("input", "middle1", "output"))
         assert ("--learning-rate 0.3" in command) == (name == "input")
@@ -249,7 +312,35 @@ def test_a_child_that_dies_ends_the_launcher(script, tmp_path, small_data):
         launched.started()[script].kill()
         assert launched.end() == (2 if script != "train_input.py" else -signal.SIGKILL % 256)
     if script != "train_input.py":
-        assert f"{script} ended with exit code -9" in launched.log.read_text()
+        assert f"{script} was ended by SIGKILL (somebody" in launched.log.read_text()
+
+
+@pytest.mark.parametrize("code, said", [
+    (2, "ended with exit code 2"), (-signal.SIGTERM, "was ended by SIGTERM"),
+    (-signal.SIGILL, "was ended by SIGILL (the processor lacks instructions that TensorFlow is "
+                     "compiled for, such as AVX)"), (-99, "was ended by signal 99")])
+def test_how_a_process_has_ended_is_said_in_words(code, said):
+    assert launch.ending(code) == said
+
+
+@pytest.mark.processes
+def test_nobody_is_left_when_the_launcher_is_killed(tmp_path, small_data):
+    with Launched(tmp_path, *small_data, *ENDLESS) as launched:
+        launched.wait_for_training()
+        launched.process.kill()
+        wait_until(lambda: not launched.started(), "the processes to end", 20)
+
+
+@pytest.mark.processes
+def test_a_program_ends_when_the_process_that_started_it_holds_its_pipe_no_longer(tmp_path):
+    (script := tmp_path / "script.py").write_text(
+        "import plumbing, signal\nsignal.alarm(60)\nprint('ready', flush=True)\nsignal.pause()")
+    program = launch.start([str(script)], stdout=subprocess.PIPE, cwd=ROOT,
+                           env={**os.environ, "PYTHONPATH": str(ROOT), "END_WITH_PARENT": "1"})
+    assert program.stdout.readline() == b"ready\n"
+    program.stdin.close()
+    assert program.wait(20) == 1
+    program.stdout.close()
 
 
 @pytest.mark.processes
@@ -277,4 +368,5 @@ def test_a_port_that_is_taken_is_one_clear_line(small_data):
             [sys.executable, "-m", "plumbing.launch", *map(str, small_data), "--first-port",
              str(first)], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
-    assert f"port {first + 1}, for train_output.py, is taken" in again.stderr
+    assert f"port {first + 1}, for train_output.py, is taken. Another program" in again.stderr
+    assert "--first-port 6001 --progress-dir second" in again.stderr

@@ -3,6 +3,8 @@ import contextlib
 import http.server
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 import plot
-from plumbing import live
+from plumbing import bar, live, new_figure
 from plumbing.runs import Progress, read_snapshot, snapshots
 from sgd import make_layers
 from tests.processes import ROOT, Three, end, free_ports, start, wait_until
@@ -31,11 +33,6 @@ def a_probe(units=4, seed=0):
     return {"x": x, "g": g, "guess": g + rng.normal(0, 0.1, g.shape)}
 
 
-def new_figure(size):
-    from matplotlib.figure import Figure  # here, because it takes a second
-    return Figure(size, layout="constrained")
-
-
 def write_run(folder, dims, probes=(None,) * 3, **options):
     score = "test_mse" if dims[-1] == 1 else "test_error"
     columns = ["seconds", "examples", "epoch", score, "gradient_cosine"]
@@ -45,9 +42,9 @@ def write_run(folder, dims, probes=(None,) * 3, **options):
                        gradient_cosine=0.3, **{score: 0.2 / (n + 1)})
 
 
-def run_plot(folder, *args):
+def run_plot(folder, *args, **environment):
     return subprocess.run([sys.executable, ROOT / "plot.py", *args], cwd=folder,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def frames(path):
@@ -79,6 +76,47 @@ def test_every_snapshot_becomes_a_picture_and_all_of_them_an_animation(tmp_path)
     assert (first != last).mean() > 0.01
     assert len(frames(tmp_path / "learning.gif")) == 2
     assert np.asarray(Image.open(tmp_path / "learning_curves.png").convert("L")).std() > 5
+
+
+@pytest.mark.processes
+def test_pictures_are_drawn_whatever_the_users_matplotlib_is_set_to(tmp_path):
+    write_run(tmp_path / "progress", [2, 5, 1])
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: No Such Font\n")
+    done = run_plot(tmp_path, MPLBACKEND="no_such_backend")
+    assert done.returncode == 0 and "font" not in done.stderr, done.stderr
+    assert len(written(tmp_path)) == 3
+
+
+@pytest.mark.processes
+def test_a_character_that_a_pipe_cannot_show_is_a_question_mark(tmp_path):
+    done = run_plot(tmp_path, "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "the oracle's guess ? below" in done.stdout
+
+
+@pytest.mark.processes
+def test_a_process_that_draws_nothing_does_not_import_matplotlib():
+    program = "import sys, plot, train_output, plumbing.launch; print('matplotlib' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT) == b"False\n"
+
+
+def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch):
+    now, log = [0.0], io.StringIO()
+    monkeypatch.setattr(bar.time, "monotonic", lambda: now[0])
+    with bar.progress_bar(total=1000, file=log, mininterval=0) as shown:
+        for _ in range(1000):
+            now[0] += 0.1
+            shown.update()
+            shown.set_postfix_str("held-out")
+    lines = log.getvalue().splitlines()
+    assert [line.split("%")[0].strip() for line in lines] == ["0", "30", "60", "90", "100"]
+    assert "\r" not in log.getvalue()
+
+
+def test_a_terminal_gets_a_bar_that_moves(monkeypatch):
+    monkeypatch.setattr(bar.sys.stderr, "isatty", lambda: True, raising=False)
+    with bar.progress_bar(total=3, file=(terminal := io.StringIO()), mininterval=0) as shown:
+        shown.update(2)
+    assert terminal.getvalue().count("\r") > 1
 
 
 def test_the_animation_pauses_at_its_end_and_has_at_most_40_frames(tmp_path):
@@ -283,6 +321,14 @@ def test_the_page_says_that_the_input_trainer_writes_to_another_folder(tmp_path)
     assert line(str(tmp_path / "link")) is None
     assert str(tmp_path / "lr1") in line(str(tmp_path / "lr1"))
     assert live.other_folder({"input trainer": None}, tmp_path) is None
+
+
+def test_behind_a_proxy_with_a_prefix_the_page_asks_below_that_prefix():
+    """JupyterHub serves it as /user/NAME/proxy/5004/, so no URL may begin with a slash."""
+    page = (ROOT / "plumbing" / "page.html").read_text(encoding="utf-8")
+    asked = re.findall(r"fetch\([`'\"]([^`'\"]*)", page)
+    assert asked == ["${id}${shape}.png?version=${version}", "live"]
+    assert not re.search(r"(src|href)=[\"']?/", page)
 
 
 @contextlib.contextmanager

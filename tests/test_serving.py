@@ -2,7 +2,10 @@
 stopping. In one process."""
 import argparse
 import base64
+import errno
 import http.client
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,7 +17,7 @@ import flask
 import numpy as np
 import pytest
 
-from plumbing import live, options, process, serving
+from plumbing import live, options, process, say, serving
 from plumbing.errors import Diverged, FileError, NoAnswer, Refused, UserError
 from plumbing.wire import MAX_BODY, encode, rows_per_message
 from synthgrad import Question
@@ -82,13 +85,21 @@ def test_a_bad_host_is_refused_by_the_real_server_too(host, serve):
     connection.close()
 
 
-def test_a_machine_is_known_by_its_full_name_when_it_listens_to_others(monkeypatch):
-    monkeypatch.setattr(socket, "getfqdn", lambda: "Gpu1.Lab.example")
+def test_a_process_may_be_given_further_names_and_looks_none_up(monkeypatch):
+    """socket.getfqdn() takes half a minute on some Macs."""
+    monkeypatch.setattr(socket, "getfqdn", lambda: pytest.fail("looked up"))
     headers = {"Host": "gpu1.lab.example:5001"}
-    for host, status in (("0.0.0.0", 200), ("gpu1.lab.example", 200), ("127.0.0.1", 403)):
-        answer = make_app(host=host).test_client().get("/status", headers=headers)
+    for changed, status in (({"allow_host": ["hub.example", "Gpu1.Lab.example"]}, 200),
+                            ({"host": "gpu1.lab.example"}, 200), ({"host": "0.0.0.0"}, 403)):
+        answer = make_app(**changed).test_client().get("/status", headers=headers)
         assert answer.status_code == status
-    assert "start it with --host and that name" in answer.json["error"]
+    assert "start it with --allow-host and that name" in answer.json["error"]
+
+
+def test_every_process_has_the_option_allow_host():
+    parser = options.make_parser("doc", 5002)
+    assert parser.parse_args(["--allow-host", "a", "--allow-host", "b"]).allow_host == ["a", "b"]
+    assert parser.parse_args([]).allow_host == []
 
 
 def basic(password):
@@ -97,6 +108,7 @@ def basic(password):
 
 @pytest.mark.parametrize("header, status", [
     (None, 401), ("Bearer wrong", 401), ("Bearer ", 401), ("s3cret", 401), (basic("wrong"), 401),
+    ("Basic é", 401), ("Bearer é", 401), ("Basic /w==", 401),
     ("Bearer s3cret", 200), (basic("s3cret"), 200)])
 def test_a_token_is_insisted_on_as_a_bearer_or_a_browsers_password(header, status):
     headers = {"Authorization": header} if header else {}
@@ -114,6 +126,41 @@ def test_a_token_is_read_from_a_file_and_one_that_no_header_can_carry_is_refused
         path.write_text(bad)
         with pytest.raises(ValueError, match="token: expected a secret of letters, digits"):
             options.read_token(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_a_token_file_of_another_editor_is_read_or_named_with_the_cure(encoding, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("s3cret\n", encoding)
+    if encoding != "utf-16":
+        assert options.read_token(path) == "s3cret"
+        return
+    with pytest.raises(UserError, match=f"^{path}: expected .* in UTF-8. This writes one") as said:
+        options.read_token(path)
+    cure = str(said.value).split("python3 -c ")[1].strip('"')
+    exec(cure)
+    assert len(options.read_token(path)) == 64
+
+
+def answer_to(port, request):
+    """The status and the JSON that the real server answers to the bytes of a request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        return answer.status, json.loads(answer.read())
+
+
+@pytest.mark.parametrize("request_, status", [
+    (b"rubbish\r\n\r\n", 400), (b"GET /status HTTP/1.1\r\nX: " + b"x" * 300_000, 431),
+    (b"GET /status HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Basic \xe9\r\n\r\n", 401),
+    (b"POST /ask HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer s3cret\r\n"
+     b"Content-Length: 99999999999\r\n\r\n", 413),
+    (b"POST /ask HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer s3cret\r\n"
+     b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400)])
+def test_what_is_not_a_request_is_answered_as_json_too(request_, status, serve):
+    code, answer = answer_to(serve(make_app(token="s3cret"), token="s3cret"), request_)
+    assert code == status and list(answer) == ["error"]
 
 
 @pytest.mark.parametrize("header", ["Content-Length: 30000000", "Transfer-Encoding: chunked"])
@@ -237,8 +284,8 @@ def test_whoever_spells_out_arrays_gets_them_spelled_out():
 
 def test_status_says_who_it_is_and_what_is_not_a_number_is_null():
     status = make_app().test_client().get("/status").json
-    assert status == {"process": "test", "ids": [serving.ID], "layers": [3], "updates": 0,
-                      "loss": None}
+    assert status == {"process": "test", "pid": os.getpid(), "ids": [serving.ID], "layers": [3],
+                      "updates": 0, "loss": None}
 
 
 # ---- waiting and stopping ----
@@ -320,15 +367,31 @@ def test_what_is_refused_is_not_asked_again(clock):
 def test_a_stop_is_a_flag_with_an_exit_code_and_a_second_ctrl_c_ends_at_once(monkeypatch):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    for first, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+    for first, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
         stop = process.Stop()
         assert not stop
         handlers[first](first, None)
         assert stop and stop.exit_code == code
-        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        for again in (signal.SIGTERM, signal.SIGHUP):
+            handlers[again](again, None)
         assert stop.exit_code == code
         with pytest.raises(KeyboardInterrupt):
             handlers[signal.SIGINT](signal.SIGINT, None)
+
+
+def test_after_nohup_the_end_of_the_terminal_is_no_stop(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    process.Stop()
+    assert signal.SIGHUP not in handlers and signal.SIGTERM in handlers
+
+
+def test_a_line_for_a_terminal_that_has_gone_is_lost_and_no_error(monkeypatch):
+    def gone(text):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr("sys.stderr", argparse.Namespace(write=gone, flush=lambda: None))
+    say("training is stopped")
 
 
 def test_a_line_now_and_then_only_if_there_were_updates(monkeypatch, capsys, clock):
@@ -339,13 +402,34 @@ def test_a_line_now_and_then_only_if_there_were_updates(monkeypatch, capsys, clo
     assert capsys.readouterr().err.splitlines() == ["5 updates", "9 updates"]
 
 
-def test_a_port_that_is_taken_is_one_error_with_the_address():
+def test_a_port_that_is_taken_is_one_error_that_says_who_has_it(serve):
     with serving.listen(args()) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: .*another run"):
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: .*Another prog"):
+            serving.listen(args(port=port))
+    for token, who in ((None, rf"The test \(process {os.getpid()}\) of another run answers there. "
+                              "Stop it, or choose another --port"),
+                       ("s3cret", "A process of another run, which asks for a token,")):
+        port = serve(make_app(token=token), token=token)
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: .*{who}"):
             serving.listen(args(port=port))
     with pytest.raises(UserError, match="cannot listen on no.such.host.invalid:5001"):
         serving.listen(args(host="no.such.host.invalid", port=5001))
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_all_addresses_are_those_of_ipv4_too(serve):
+    port = serve(make_app(), host="::", token="s3cret")
+    for host in ("127.0.0.1", "::1"):
+        connection = http.client.HTTPConnection(host, port, timeout=10)
+        connection.request("GET", "/status", headers={"Authorization": "Bearer s3cret"})
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_an_ipv6_address_is_printed_in_brackets():
+    assert options.address("::1", 5001) == "[::1]:5001"
+    assert options.address("gpu1", 5001) == "gpu1:5001"
 
 
 def test_the_largest_batch_that_is_allowed_fits_into_a_message():

@@ -1,0 +1,29 @@
+"""A progress bar that does not fill the log of a batch system."""
+import math
+import sys
+import time
+
+from tqdm import tqdm
+
+LINE_SECONDS = 30  # between two lines
+
+
+class Lines(tqdm):
+    """Prints a line every LINE_SECONDS, and one at the end, where a bar would move."""
+
+    printed = -math.inf
+
+    def display(self, *_, **__):
+        """Called for every change. tqdm itself ends the last line, and is disabled by then."""
+        if self.disable or time.monotonic() - self.printed >= LINE_SECONDS:
+            self.printed = time.monotonic()
+            self.fp.write(str(self) + "\n" * (not self.disable))
+            self.fp.flush()
+
+    def clear(self, *_, **__):
+        """A line that has been printed stays."""
+
+
+def progress_bar(*args, **options):
+    """tqdm(*args, **options), or Lines if stderr is no terminal."""
+    return (tqdm if sys.stderr.isatty() else Lines)(*args, **options)
