@@ -1,5 +1,6 @@
 """What runs write: what is refused, what is kept, and what comes back."""
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from plumbing import runs
+from plumbing.errors import UserError
 from sgd import make_layers
 from tests.processes import start
 
@@ -131,6 +133,28 @@ def test_a_folder_belongs_to_one_writer(tmp_path):
     progress.write(weights([2, 1]), seconds=1)
     assert (tmp_path / "run" / "metrics.csv").read_text().split() == ["seconds", "1"]
     assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_the_file_system_knows_no_locks_a_run_warns_and_goes_on(
+        number, tmp_path, monkeypatch, capsys):
+    flock_that_fails(monkeypatch, number)
+    runs.Progress(tmp_path / "run", ["seconds"], {}).write(weights([2, 1]), seconds=1)
+    assert f"warning: {tmp_path / 'run'} cannot be locked" in capsys.readouterr().err
+    assert len(runs.snapshots(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_is_refused_means_another_writer(number, tmp_path, monkeypatch):
+    flock_that_fails(monkeypatch, number)
+    with pytest.raises(UserError, match="another process is writing to"):
+        runs.lock(tmp_path)
+
+
+def flock_that_fails(monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
 
 
 @pytest.mark.processes
