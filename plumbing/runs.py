@@ -13,20 +13,29 @@ from plumbing.errors import Diverged, FileError, UserError, file_errors
 from plumbing.files import free_name, load, lock, read_json
 
 
-def save(path, **arrays):
-    """An .npz file that appears whole or not at all."""
+@contextlib.contextmanager
+def replacing(path, durable=False):
+    """A binary file that takes the place of `path` once it is whole; durable: and on the disk."""
     with file_errors():
         with open(f"{path}.tmp", "wb") as file:
-            np.savez(file, **arrays)
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(file.name, path)
+        if durable:
+            with contextlib.suppress(OSError):  # Windows opens no folder
+                folder = os.open(Path(path).parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
 
 
 def save_text(path, text):
     """A text file that appears whole or not at all."""
-    with file_errors():
-        with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 class Progress:
@@ -73,7 +82,8 @@ class Progress:
         arrays = {f"{name}{n}": array for n, pair in enumerate(weights, 1)
                   for name, array in zip("wb", pair, strict=True)}
         arrays.update({f"probe_{name}": array for name, array in (probe or {}).items()})
-        save(self.folder / f"snapshot_{self.count:06d}.npz", **arrays, **row)
+        with replacing(self.folder / f"snapshot_{self.count:06d}.npz") as file:
+            np.savez(file, **arrays, **row)
         self.count += 1
         self.rows.append({name: f"{row[name]:.6g}" if isinstance(row[name], float) else row[name]
                           for name in self.columns})
@@ -176,7 +186,8 @@ class Checkpoint:
                   for part in self.PARTS}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise Diverged("this part diverged; try a lower --learning-rate")
-        save(self.path, **arrays, **numbers)
+        with replacing(self.path, durable=True) as file:
+            np.savez(file, **arrays, **numbers)
 
     def resume(self, layers, **same):
         """Fills the layers and returns the numbers: {} where there is no checkpoint.
@@ -186,7 +197,13 @@ class Checkpoint:
         if not self.path.exists():
             say(f"no {self.path}: starting afresh")
             return {}
-        arrays = load(self.path)
+        try:
+            arrays = load(self.path)
+        except UserError as error:
+            aside = max(self.path.parent.glob("checkpoint.[0-9]*.npz"), default=None,
+                        key=os.path.getmtime)
+            raise UserError(f"--resume: {error}; delete it to start afresh" + (
+                f", or rename {aside} to {self.path.name}" if aside else "")) from None
         parts = {(layer, part): arrays.pop(f"{part}{n}", None)
                  for n, layer in enumerate(layers) for part in self.PARTS}
         fits = all(array is not None and array.shape == getattr(*where).shape

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plumbing import runs
-from plumbing.errors import UserError
+from plumbing.errors import FileError, UserError
 from sgd import make_layers
 from tests.processes import start
 
@@ -55,7 +55,7 @@ def test_a_snapshot_comes_back_whole_and_a_damaged_one_is_refused(tmp_path):
 
 def test_arrays_that_are_no_snapshot_are_refused(tmp_path):
     for arrays in ({"x": np.ones(3)}, {"w1": np.ones((1, 1)), "b1": np.ones(1), "x": np.ones(3)}):
-        runs.save(tmp_path / "a.npz", **arrays)
+        np.savez(tmp_path / "a.npz", **arrays)
         with pytest.raises(ValueError, match="is not a snapshot"):
             runs.read_snapshot(tmp_path / "a.npz")
 
@@ -281,6 +281,71 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path):
     with full_disk(200), pytest.raises(OSError):
         checkpoint.save(layers, updates=2)
     assert checkpoint.resume(layers) == {"updates": 1}
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("module, name", [(np, "savez"), (os, "fsync"), (os, "replace")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+        module, name, tmp_path, monkeypatch):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 4], np.random.default_rng(0))
+    checkpoint.save(layers, updates=1)
+    with monkeypatch.context() as failing:
+        failing.setattr(module, name, no_space)
+        with pytest.raises(FileError, match="No space left"):
+            checkpoint.save(layers, updates=2)
+    assert checkpoint.resume(layers) == {"updates": 1}
+    checkpoint.save(layers, updates=3)
+    assert checkpoint.resume(layers) == {"updates": 3}
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_one_before(tmp_path, monkeypatch):
+    checkpoint, layers, calls = runs.Checkpoint(tmp_path), make_layers(
+        [3, 4], np.random.default_rng(0)), []
+    replace, fsync = os.replace, os.fsync
+
+    def recording_fsync(file):
+        calls.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+        fsync(file)
+
+    def recording_replace(path, to):
+        calls.append("replace")
+        replace(path, to)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    checkpoint.save(layers, updates=1)
+    written = checkpoint.path.stat()
+    assert calls[:2] == [(written.st_ino, written.st_size), "replace"]
+    assert os.name == "nt" or [number for number, _ in calls[2:]] == [tmp_path.stat().st_ino]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 4], np.random.default_rng(0))
+    monkeypatch.setattr(os, "open", no_space)  # as Windows refuses to open a folder
+    checkpoint.save(layers, updates=1)
+    assert checkpoint.resume(layers) == {"updates": 1}
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_torn_checkpoint_is_one_line_with_the_file_and_the_cure(share, tmp_path):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 4], np.random.default_rng(0))
+    for updates in (1, 2):
+        checkpoint.save(layers, updates=updates)
+        checkpoint.put_aside()
+    checkpoint.save(layers, updates=3)
+    whole, (first, second) = checkpoint.path.read_bytes(), sorted(tmp_path.glob("*.[12].npz"))
+    checkpoint.path.write_bytes(whole[:int(share * len(whole))])
+    os.utime(first, (1, 1))
+    with pytest.raises(UserError, match="--resume: .* is not a whole file") as error:
+        checkpoint.resume(layers)
+    assert str(checkpoint.path) in str(error.value) and "\n" not in str(error.value)
+    assert f"delete it to start afresh, or rename {second} to checkpoint.npz" in str(error.value)
+    first.unlink()
+    second.unlink()
+    with pytest.raises(UserError, match="delete it to start afresh$"):
+        checkpoint.resume(layers)
 
 
 def test_json_that_is_missing_or_damaged_is_empty(tmp_path):
