@@ -58,3 +58,9 @@ def read_json(path):
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def whole_lines(path):
+    """The bytes of a text file, without a last line that is torn; none where there is no file."""
+    text = path.read_bytes() if path.exists() else b""
+    return text[:text.rfind(b"\n") + 1]

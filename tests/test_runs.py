@@ -110,6 +110,38 @@ def test_a_resumed_run_continues_in_its_folder_and_leaves_a_trace(tmp_path):
     assert runs.read_json(tmp_path / "run.json") == {"seed": 3, "resumed": 2, "ended": None}
 
 
+@pytest.mark.parametrize("columns, options", [
+    (["seconds", "examples", "test_mse"], {"seed": 4}),
+    (["seconds", "examples", "test_error"], {"seed": 4}), (["seconds"], {"seed": 4, "decay": 1})],
+    ids=["other columns", "another score", "other options"])
+def test_a_resumed_run_moves_another_kind_of_run_aside_and_says_so(
+        columns, options, tmp_path, capsys):
+    mine = ["seconds"] if columns == ["seconds"] else ["seconds", "test_mse"]
+    other = runs.Progress(tmp_path / "run", columns, options)
+    other.write(weights([2, 1]), **dict.fromkeys(columns, 1))
+    other.locked.close()
+    before = {path.name: path.read_bytes() for path in other.folder.iterdir()}
+    progress = runs.Progress(tmp_path / "run", mine, {"seed": 3}, resume=True)
+    assert progress.rows == [] and progress.count == 0
+    aside = {path.name: path.read_bytes() for path in (tmp_path / "run.1").iterdir()}
+    assert aside == before
+    said = f"{tmp_path / 'run'} held another kind of run: moved to {tmp_path / 'run.1'}"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("emptied", ["metrics.csv", "run.json"])
+def test_a_resumed_run_keeps_its_folder_where_a_power_cut_has_emptied_a_file(emptied, tmp_path):
+    progress = runs.Progress(tmp_path / "run", ["seconds"], {"seed": 3})
+    progress.write(weights([2, 1]), seconds=1)
+    progress.locked.close()
+    (tmp_path / "run" / emptied).write_bytes(b"")
+    runs.Progress(tmp_path / "run", ["seconds"], {"seed": 3}, True).write(
+        weights([2, 1]), seconds=2)
+    assert not (tmp_path / "run.1").exists() and len(runs.snapshots(tmp_path / "run")) == 2
+    rows = ["1"] * (emptied != "metrics.csv") + ["2"]
+    assert (tmp_path / "run" / "metrics.csv").read_text().split() == ["seconds", *rows]
+
+
 def test_a_folder_that_holds_no_run_is_never_touched(tmp_path):
     (tmp_path / "metrics.csv").write_text("somebody else's")
     for resume in (False, True):
@@ -173,12 +205,64 @@ def test_torn_rows_are_left_out_when_read_and_when_a_run_continues(tmp_path):
     progress.write(weights([2, 1]), seconds=1, test_mse=0.5)
     progress.locked.close()
     whole = (tmp_path / "metrics.csv").read_text()
-    for torn in ("2", "2,0.4,3,0.3"):
+    for torn in ("2", "2,0.4", "2,0.4,3,0.3"):
         (tmp_path / "metrics.csv").write_text(whole + torn)
         assert runs.read_metrics(tmp_path)["seconds"].tolist() == [1]
     progress = runs.Progress(tmp_path, columns, {}, resume=True)
     progress.write(weights([2, 1]), seconds=3, test_mse=0.3)
     assert (tmp_path / "metrics.csv").read_text() == whole + "3,0.3\n"
+
+
+def test_a_row_is_appended_and_nothing_is_rewritten(tmp_path, monkeypatch):
+    progress = runs.Progress(tmp_path, ["seconds"], {})
+    file_number = progress.metrics.stat().st_ino
+    replaced, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (replaced.append(paths[1]), replace(*paths)))
+    for seconds in range(3):
+        before = progress.metrics.read_text()
+        progress.write(weights([2, 1]), seconds=seconds)
+        assert progress.metrics.read_text() == f"{before}{seconds}\n"
+    assert progress.metrics.stat().st_ino == file_number
+    assert [path.name[:8] for path in replaced] == ["snapshot"] * 3
+
+
+def test_a_row_that_the_disk_had_no_space_for_is_written_later(tmp_path, monkeypatch):
+    progress = runs.Progress(tmp_path, ["seconds", "examples"], {})
+    before = progress.metrics.read_text()
+    monkeypatch.setattr(runs.np, "savez", lambda *_, **__: None)  # the snapshots fit
+    with full_disk(len(before) + 2):
+        for seconds in (1, 2):
+            with pytest.raises(FileError):
+                progress.write([], seconds=seconds, examples=1000)
+            assert runs.read_rows(tmp_path) == []
+    progress.write([], seconds=3, examples=1000)
+    assert progress.metrics.read_text() == before + "1,1000\n2,1000\n3,1000\n"
+    assert [row["seconds"] for row in progress.rows] == [1, 2, 3]
+
+
+def test_of_a_long_run_some_snapshots_are_kept_evenly_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Progress, "KEPT", 8)
+    progress = runs.Progress(tmp_path, ["seconds"], {})
+
+    def numbers():
+        return [runs.number_of(path) for path in runs.snapshots(tmp_path)]
+    for n in range(75):
+        if n == 40:
+            progress.locked.close()
+            progress = runs.Progress(tmp_path, ["seconds"], {}, resume=True)
+        progress.write(weights([2, 1]), seconds=n)
+        kept = numbers()
+        assert kept[0] == 0 and kept[-1] == n and n - 1 in [-1, *kept] and len(kept) <= 8 + 2
+        spread = [number for number in kept if number < n - 1]
+        assert len(set(np.diff(spread))) <= 1 and (n < 8 or len(spread) >= 3)
+    assert kept == [0, 16, 32, 48, 64, 73, 74] and len(runs.read_rows(tmp_path)) == 75
+
+
+def test_snapshots_are_in_the_order_of_their_numbers_and_copies_are_none(tmp_path):
+    for name in ("snapshot_1000000", "snapshot_999999", "snapshot_000001 (copy)", "snapshot_best"):
+        (tmp_path / f"{name}.npz").touch()
+    assert [path.stem for path in runs.snapshots(tmp_path)] == [
+        "snapshot_999999", "snapshot_1000000"]
 
 
 def test_with_a_full_disk_nothing_is_torn_and_no_row_is_lost_when_there_is_space_again(tmp_path):
