@@ -1,12 +1,13 @@
 """x.npy and y.npy as people bring them: what is taken, what is refused, and with which cure."""
 import io
 import sys
+import types
 
 import numpy as np
 import pytest
 
 import sgd
-from generate import sample
+from generate import digits, sample
 from plumbing import data
 from plumbing.errors import FileError, UserError
 from tests.conftest import save
@@ -252,6 +253,25 @@ def test_an_output_of_another_width_is_refused_with_the_cure(y, width, cure, tmp
     assert str(error.value).endswith(cure)
     if "astype" in cure:
         data.check_targets(load(tmp_path, y=y.astype(int)), width, "--layers")
+
+
+@pytest.mark.parametrize("reason, certificates", [
+    ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer "
+     "certificate (_ssl.c:1006)", True),
+    ("[Errno -2] Name or service not known", False)])
+def test_a_download_that_fails_is_one_line_with_its_cause_and_the_cure(
+        reason, certificates, monkeypatch):
+    def load_data():
+        url = f"https://example.org/{'long/' * 30}mnist.npz"
+        raise Exception(f"URL fetch failure on {url}: None -- {reason}\nmore")
+    module = types.SimpleNamespace(mnist=types.SimpleNamespace(load_data=load_data))
+    monkeypatch.setitem(sys.modules, "keras", types.ModuleType("keras"))
+    monkeypatch.setitem(sys.modules, "keras.datasets", module)
+    with pytest.raises(UserError) as error:
+        digits("")
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert ("Install Certificates.command" in str(error.value)) == certificates
+    assert str(error.value).endswith("download mnist.npz by hand, and give --digits FILE.npz")
 
 
 def test_good_data_is_one_line_without_a_warning(tmp_path):
