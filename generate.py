@@ -55,9 +55,12 @@ def digits(path):
         try:
             (x, y), (x_test, y_test) = mnist.load_data()
         except Exception as error:  # whatever the downloader raises
-            reason = f"{error} ".splitlines()[0][:100]
-            raise UserError("MNIST cannot be downloaded here; --digits FILE.npz takes it from a "
-                             f"file in the form of Keras' mnist.npz ({reason})") from None
+            reason = " ".join(str(error).split()).split(" -- ")[-1]  # Keras puts a long URL first
+            cure = ("Python finds no certificates: on macOS run 'Install Certificates.command' in "
+                    "Python's folder, elsewhere install the package ca-certificates; or "
+                    if "certificate" in reason.lower() else "")
+            raise UserError(f"MNIST cannot be downloaded here ({reason}). {cure}download mnist.npz "
+                            "by hand, and give --digits FILE.npz") from None
     x = np.concatenate([x, x_test]).reshape(-1, x[0].size).astype(np.float32) / 255
     return x, np.concatenate([y, y_test]).astype(np.int64), len(x_test)
 

@@ -1,13 +1,19 @@
 """x.npy and y.npy: read, checked, described."""
+import math
+import os
 import zlib
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
 from plumbing import MAX_MAGNITUDE
 from plumbing.errors import FileError, UserError
 
-WIDE = 20  # inputs or targets beyond ± this train badly
+WIDE = 20              # inputs or targets beyond ± this train badly
+MAX_CLASSES = 10_000   # more different integers are numbers by mistake
+MAX_ONE_HOT = 4 << 30  # bytes of one-hot targets, (n, k) float32
+READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 class Data(NamedTuple):
@@ -55,16 +61,28 @@ def load(x_path, y_path, held_out=None):
 
 
 def read(path):
-    """An array of finite numbers from an .npy file."""
+    """An array of finite numbers from an .npy file. What its header promises is checked first."""
+    array = None
     try:
-        array = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            shape, _, dtype = READ_HEADER[npy.read_magic(file)](file)
+            promised, held = math.prod(shape) * dtype.itemsize, os.path.getsize(path) - file.tell()
+            if dtype.kind in "fiubUS" and promised <= held:
+                file.seek(0)
+                array = npy.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         raise FileError(f"{path} not found: `python generate.py` makes x.npy and y.npy") from None
     except OSError as error:
         raise FileError(str(error)) from None
+    except MemoryError:
+        raise UserError(f"{path}: {promised:,} bytes do not fit into memory; save fewer examples"
+                        ) from None
     except Exception:  # a damaged header raises whatever Python's tokenizer raises
-        array = None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiubUS":
+        dtype = None
+    if array is None and dtype is not None and dtype.kind in "fiubUS":
+        raise UserError(f"{path}: expected a NumPy .npy file with {promised:,} bytes of data, "
+                        f"which its header promises; it holds {held:,}: save or copy it again")
+    if array is None:
         raise UserError(f"{path}: expected a NumPy .npy file that holds an array of numbers")
     if array.dtype.kind in "US":
         raise UserError(f"{path} holds strings; expected numbers: save array.astype(float), or of "
@@ -83,7 +101,13 @@ def targets(y, path):
     if y.dtype.kind == "f":
         return y[:, None]
     classes = np.unique(y)
-    if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
+    k, size = len(classes), 4 * len(y) * len(classes)
+    if k > MAX_CLASSES or size > MAX_ONE_HOT:
+        raise UserError(
+            f"{path} holds {k:,} different integers. Integers are class labels: one-hot they would "
+            f"take {size / 2**30:.1f} GiB; expected at most {MAX_CLASSES:,} classes and "
+            f"{MAX_ONE_HOT / 2**30:.0f} GiB. If they are numbers, save y.astype(float)")
+    if k < 2 or not np.array_equal(classes, np.arange(k)):
         raise UserError(
             f"{path} holds integers from {classes[0]} to {classes[-1]}. Integers are class labels: "
             "expected 0 … k − 1, each at least once. If they are labels, save "
@@ -109,7 +133,11 @@ def check_columns(data, layers):
 def check_targets(data, width, who, y_is):
     """UserError unless an output of this width fits y. `who` names the option or the network,
     `y_is` what y holds."""
-    k = data.y.shape[1]
+    k, labels = data.y.shape[1], np.arange(width)
+    whole = np.isin(data.y, labels).all() and np.isin(data.y_test, labels).all()
+    if k == 1 and width > 1 and whole:
+        raise UserError(f"{who} ends with {width}, but y holds numbers. If they are class labels, "
+                        "save y.astype(int); if they are numbers, it must end with 1")
     if width != k:
         raise UserError(f"{who} ends with {width}, but y holds {y_is}: it must end with {k}")
 
@@ -128,4 +156,9 @@ def describe(data, task, constant):
     if np.abs(data.y).max() > WIDE:
         lines.append(f"warning: y goes from {data.y.min():g} to {data.y.max():g}, which makes "
                      "gradients large; save (y - y.mean()) / y.std()")
+    k, found = data.y.shape[1], data.y_test.any(axis=0)
+    if k > 1 and (data.y.mean(axis=0) * len(data.y_test) > 5)[~found].any():
+        lines.append(f"warning: the held-out rows hold only {found.sum()} of {k} classes; shuffle "
+                     "the rows of x and y together first, with i = np.random.default_rng(0)"
+                     ".permutation(len(x)): save x[i] and y[i]")
     return "\n".join(lines)

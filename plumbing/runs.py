@@ -10,67 +10,37 @@ import numpy as np
 
 from plumbing import say
 from plumbing.errors import Diverged, FileError, UserError, file_errors
+from plumbing.files import free_name, load, lock, read_json, whole_lines
 
 
-def save(path, **arrays):
-    """An .npz file that appears whole or not at all."""
+@contextlib.contextmanager
+def replacing(path, durable=False):
+    """A binary file that takes the place of `path` once it is whole; durable: and on the disk."""
     with file_errors():
         with open(f"{path}.tmp", "wb") as file:
-            np.savez(file, **arrays)
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(file.name, path)
-
-
-def save_text(path, text):
-    """A text file that appears whole or not at all."""
-    with file_errors():
-        with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
-
-
-def load(path):
-    """The arrays of an .npz file. UserError if it is not a whole one."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # a damaged header raises whatever Python's tokenizer raises
-        raise UserError(f"{path} is not a whole file of arrays ({error})") from None
-
-
-def lock(folder):
-    """Claims a folder until what this returns is closed, at most until this process ends.
-
-    UserError if another process is writing to it (noticed where there is fcntl: not on Windows).
-    """
-    with file_errors():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(Path(folder) / "lock", "a")  # noqa: SIM115, it stays open
-    with contextlib.suppress(ImportError):
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f"another process is writing to {folder}; --progress-dir chooses "
-                             "another folder") from None
-    return file
-
-
-def free_name(path):
-    """`path` with .1 before its suffix, or with the next number that is free."""
-    n = 1
-    while (free := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists():
-        n += 1
-    return free
+        if durable:
+            with contextlib.suppress(OSError):  # Windows opens no folder
+                folder = os.open(Path(path).parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
 
 
 class Progress:
     """Writes metrics.csv, a row per snapshot, snapshot_000042.npz, the whole network, and run.json.
 
     An earlier run in the folder is moved to FOLDER.1, or the next free number, unless `resume` is
-    given: then rows are appended to it. UserError if the folder holds anything else, or if another
-    process is writing to it.
+    given and the run is of this kind: then rows are appended to it. UserError if the folder holds
+    anything else, or if another process is writing to it.
     """
+
+    KEPT = 400  # snapshots at most, besides the newest two, however long the run is
 
     def __init__(self, folder, columns, options, resume=False):
         self.folder, self.columns, self.options = Path(folder), columns, dict(options)
@@ -80,24 +50,47 @@ class Progress:
                 raise UserError(f"{folder} holds something other than a run; --progress-dir "
                                  "chooses another folder")
             lock(self.folder).close()  # before the folder is renamed, which Windows asks for
-            if not resume:
+            if not (resume and self.continues()):
+                what = "another kind of run" if resume else "an earlier run"
                 aside = self.folder.rename(free_name(self.folder))
-                say(f"{folder} held an earlier run: moved to {aside}")
-        self.locked = lock(self.folder)
+                say(f"{folder} held {what}: moved to {aside}")
+        self.locked, self.metrics = lock(self.folder), self.folder / "metrics.csv"
         if resume:
             self.options["resumed"] = read_json(self.folder / "run.json").get("resumed", 0) + 1
         self.end(None)
-        self.metrics = self.folder / "metrics.csv"
-        self.rows = [row for row in read_rows(self.folder) if list(row) == columns]
-        self.count = 1 + max((int(path.stem[9:]) for path in snapshots(folder)), default=-1)
-        self.write_rows()
+        with file_errors():
+            self.metrics.touch()
+            self.rows, self.whole = read_rows(self.folder), len(whole_lines(self.metrics))
+        self.pending = [] if self.whole else [columns]  # lines that metrics.csv still lacks
+        self.count = 1 + max(map(number_of, snapshots(folder)), default=-1)
+        self.append()
 
-    def write_rows(self):
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        save_text(self.metrics, text.getvalue())
+    def continues(self):
+        """Whether the folder's run is of this kind: the same columns, and options of the same
+        names. A file that a power cut has emptied says nothing against it."""
+        header = whole_lines(self.folder / "metrics.csv").decode(errors="replace").split("\n")[0]
+        names = set(read_json(self.folder / "run.json")) - {"ended", "resumed"}
+        return header in ("", ",".join(self.columns)) and names in (set(), set(self.options))
+
+    def append(self):
+        """Writes the pending lines where the whole ones end. What a crash tore is cut off."""
+        with file_errors(), open(self.metrics, "r+", newline="", encoding="utf-8") as file:
+            file.truncate(self.whole)
+            file.seek(self.whole)
+            csv.writer(file, lineterminator="\n").writerows(self.pending)
+            self.whole = file.tell()  # which writes first, and raises where the disk is full
+        self.pending = []
+
+    def thin(self):
+        """Deletes snapshots once there are too many. Those that stay are evenly spread: their
+        numbers are multiples of a power of two, which doubles whenever KEPT is reached."""
+        step = 1
+        while (self.count - 1) // step >= self.KEPT:
+            step *= 2
+        for path in snapshots(self.folder)[:-2]:  # the live page may be reading the last but one
+            if number_of(path) % step:
+                with contextlib.suppress(OSError):  # the next call deletes it
+                    path.unlink()
 
     def write(self, weights, probe=None, **row):
         """One row and one snapshot: weights [(w, b), ...], and numbers by column.
@@ -108,16 +101,20 @@ class Progress:
         arrays = {f"{name}{n}": array for n, pair in enumerate(weights, 1)
                   for name, array in zip("wb", pair, strict=True)}
         arrays.update({f"probe_{name}": array for name, array in (probe or {}).items()})
-        save(self.folder / f"snapshot_{self.count:06d}.npz", **arrays, **row)
+        with replacing(self.folder / f"snapshot_{self.count:06d}.npz") as file:
+            np.savez(file, **arrays, **row)
         self.count += 1
         self.rows.append({name: f"{row[name]:.6g}" if isinstance(row[name], float) else row[name]
                           for name in self.columns})
-        self.write_rows()
+        self.pending.append(list(self.rows[-1].values()))
+        self.append()
+        self.thin()
 
     def end(self, how):
         """Say in run.json how the run ended: "finished", "stopped", or why; None while it runs."""
-        save_text(self.folder / "run.json", json.dumps(
-            {**self.options, "ended": how}, indent=1, default=str) + "\n")
+        text = json.dumps({**self.options, "ended": how}, indent=1, default=str) + "\n"
+        with replacing(self.folder / "run.json") as file:
+            file.write(text.encode())
 
     @contextlib.contextmanager
     def ending(self):
@@ -154,9 +151,15 @@ def score_of(columns):
     return next(column for column in columns if column.startswith("test_"))
 
 
+def number_of(path):
+    """The number of snapshot_000042.npz."""
+    return int(path.stem[9:])
+
+
 def snapshots(folder):
-    """The folder's snapshots, oldest first."""
-    return sorted(Path(folder).glob("snapshot_[0-9]*.npz"))
+    """The folder's snapshots, oldest first, without copies that somebody has named otherwise."""
+    found = Path(folder).glob("snapshot_*.npz")
+    return sorted((path for path in found if path.stem[9:].isdecimal()), key=number_of)
 
 
 def read_snapshot(path):
@@ -171,22 +174,11 @@ def read_snapshot(path):
     return weights, {name: array.item() for name, array in arrays.items()}, probe
 
 
-def read_json(path):
-    """The object in a JSON file; {} if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_rows(folder):
     """The whole rows of metrics.csv as dicts of text; a torn row is left out."""
-    path = Path(folder) / "metrics.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    text = whole_lines(Path(folder) / "metrics.csv").decode(errors="replace")
+    return [row for row in csv.DictReader(io.StringIO(text, newline=""))
+            if None not in row and None not in row.values()]
 
 
 def read_metrics(folder):
@@ -220,7 +212,8 @@ class Checkpoint:
                   for part in self.PARTS}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise Diverged("this part diverged; try a lower --learning-rate")
-        save(self.path, **arrays, **numbers)
+        with replacing(self.path, durable=True) as file:
+            np.savez(file, **arrays, **numbers)
 
     def resume(self, layers, **same):
         """Fills the layers and returns the numbers: {} where there is no checkpoint.
@@ -230,7 +223,13 @@ class Checkpoint:
         if not self.path.exists():
             say(f"no {self.path}: starting afresh")
             return {}
-        arrays = load(self.path)
+        try:
+            arrays = load(self.path)
+        except UserError as error:
+            aside = max(self.path.parent.glob("checkpoint.[0-9]*.npz"), default=None,
+                        key=os.path.getmtime)
+            raise UserError(f"--resume: {error}; delete it to start afresh" + (
+                f", or rename {aside} to {self.path.name}" if aside else "")) from None
         parts = {(layer, part): arrays.pop(f"{part}{n}", None)
                  for n, layer in enumerate(layers) for part in self.PARTS}
         fits = all(array is not None and array.shape == getattr(*where).shape

@@ -1,13 +1,15 @@
 """x.npy and y.npy as people bring them: what is taken, what is refused, and with which cure."""
+import io
 import sys
+import types
 
 import numpy as np
 import pytest
 
 import sgd
-from generate import sample
+from generate import digits, sample
 from plumbing import data
-from plumbing.errors import FileError
+from plumbing.errors import FileError, UserError
 from tests.conftest import save
 from tests.processes import start
 
@@ -59,6 +61,24 @@ def test_the_cure_for_labels_works(y, tmp_path):
     assert load(tmp_path, y=np.unique(y, return_inverse=True)[1]).y.shape[1] == 3
 
 
+@pytest.mark.parametrize("n, size", [(10_001, "0.4"), (100_000, "37.3")])
+def test_too_many_classes_are_refused_with_their_number_and_the_size(n, size, tmp_path):
+    x, y = np.zeros((n, 1), "f"), np.random.default_rng(0).permutation(n)
+    with pytest.raises(UserError, match=f"{n:,} different integers.* {size} GiB") as error:
+        load(tmp_path, x, y)
+    assert "at most 10,000 classes" in str(error.value)
+    assert str(error.value).endswith("save y.astype(float)")
+    assert load(tmp_path, x, y.astype(float)).y.shape[1] == 1
+
+
+def test_one_hot_targets_that_would_be_too_large_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_ONE_HOT", 4 * 3 * N)
+    assert load(tmp_path, y=LABELS).y.shape[1] == 3
+    monkeypatch.setattr(data, "MAX_ONE_HOT", 4 * 3 * N - 1)
+    with pytest.raises(UserError, match="holds 3 different integers.*expected at most"):
+        load(tmp_path, y=LABELS)
+
+
 @pytest.mark.parametrize("x, cure", [(X[:, 0], "x[:, None]"),
                                      (np.zeros((N, 8, 8)), "x.reshape(len(x), -1)")])
 def test_x_of_another_shape_is_refused_with_the_cure_which_works(x, cure, tmp_path):
@@ -101,6 +121,32 @@ def test_a_damaged_npy_file_is_refused_as_one(damage, tmp_path):
     paths[0].write_bytes(damaged)
     with pytest.raises(ValueError, match="x.npy: expected a NumPy .npy file"):
         data.load(*paths)
+
+
+@pytest.mark.parametrize("rows", [N + 1, 10**13, 2**62])
+def test_a_header_that_promises_more_than_the_file_holds_is_refused_with_both_numbers(
+        rows, tmp_path):
+    paths, header = save(tmp_path, X, Y), io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (rows, 2)})
+    paths[0].write_bytes(header.getvalue() + X.tobytes())
+    with pytest.raises(UserError, match=f"with {8 * rows:,} bytes .*; it holds {8 * N:,}: save"):
+        data.load(*paths)
+
+
+def test_a_file_that_does_not_fit_into_memory_is_refused_as_one(tmp_path, monkeypatch):
+    def no_memory(*_, **__):
+        raise MemoryError
+    monkeypatch.setattr(data.npy, "read_array", no_memory)
+    with pytest.raises(UserError, match=f"{8 * N:,} bytes do not fit into memory"):
+        load(tmp_path)
+
+
+def test_a_header_of_version_2_is_read(tmp_path):
+    paths = save(tmp_path, X, Y)
+    with open(paths[0], "wb") as file:
+        np.lib.format.write_array(file, X, version=(2, 0))
+    assert data.load(*paths).digest == load(tmp_path).digest
 
 
 def test_an_npz_file_is_refused(tmp_path):
@@ -172,6 +218,60 @@ def test_targets_that_are_not_scaled_are_one_warning_with_the_cure_which_works(y
     assert len(lines) == 2 and lines[1].startswith("warning: y goes from")
     cured = eval(lines[1].split("save ")[1], {"y": y})
     assert "warning" not in data.describe(load(tmp_path, y=cured))
+
+
+@pytest.mark.parametrize("k, held_out", [(2, 20), (3, 20), (3, 150), (10, 20), (100, 40)])
+def test_rows_sorted_by_class_are_one_warning_with_the_cure_which_works(k, held_out, tmp_path):
+    x, y = np.column_stack([X, np.arange(N) / N]), np.arange(N) * k // N
+    found = len(set(y[-held_out:]))
+    line, warning = data.describe(load(tmp_path, x, y, held_out)).splitlines()
+    assert warning.startswith(f"warning: the held-out rows hold only {found} of {k} classes")
+    i = eval(warning.split("i = ")[1].split(": save")[0], {"np": np, "x": x, "len": len})
+    assert warning.endswith(": save x[i] and y[i]")
+    cured = load(tmp_path, x[i], y[i], held_out)
+    assert "warning" not in data.describe(cured)
+    assert (cured.y.argmax(axis=1) == (cured.x[:, 2] * k + 1e-5).astype(int)).all()
+
+
+@pytest.mark.parametrize("y", [LABELS, np.arange(N) % 100, np.arange(N) % 50 == 0,
+                               (np.arange(N) < 5).astype(int)],
+                         ids=["balanced", "more classes than rows", "2 in 100", "5 of 400"])
+def test_a_class_that_is_missing_by_chance_is_no_warning(y, tmp_path):
+    y = np.random.default_rng(1).permutation(y).astype(int)
+    assert "warning" not in data.describe(load(tmp_path, y=y))
+
+
+@pytest.mark.parametrize("y, width, cure", [
+    (LABELS.astype(float), 3, "save y.astype(int); if they are numbers, it must end with 1"),
+    (LABELS.astype(float), 2, "y holds numbers: it must end with 1"),
+    (LABELS + 0.5, 4, "y holds numbers: it must end with 1"),
+    (np.where(np.arange(N) == N - 1, 7, LABELS).astype(float), 3, "numbers: it must end with 1"),
+    (LABELS, 1, "y holds labels of 3 classes: it must end with 3")])
+def test_an_output_of_another_width_is_refused_with_the_cure(y, width, cure, tmp_path):
+    with pytest.raises(UserError, match="^--layers ends with") as error:
+        data.check_targets(load(tmp_path, y=y), width, "--layers")
+    assert str(error.value).endswith(cure)
+    if "astype" in cure:
+        data.check_targets(load(tmp_path, y=y.astype(int)), width, "--layers")
+
+
+@pytest.mark.parametrize("reason, certificates", [
+    ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer "
+     "certificate (_ssl.c:1006)", True),
+    ("[Errno -2] Name or service not known", False)])
+def test_a_download_that_fails_is_one_line_with_its_cause_and_the_cure(
+        reason, certificates, monkeypatch):
+    def load_data():
+        url = f"https://example.org/{'long/' * 30}mnist.npz"
+        raise Exception(f"URL fetch failure on {url}: None -- {reason}\nmore")
+    module = types.SimpleNamespace(mnist=types.SimpleNamespace(load_data=load_data))
+    monkeypatch.setitem(sys.modules, "keras", types.ModuleType("keras"))
+    monkeypatch.setitem(sys.modules, "keras.datasets", module)
+    with pytest.raises(UserError) as error:
+        digits("")
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert ("Install Certificates.command" in str(error.value)) == certificates
+    assert str(error.value).endswith("download mnist.npz by hand, and give --digits FILE.npz")
 
 
 def test_good_data_is_one_line_without_a_warning(tmp_path):

@@ -230,8 +230,9 @@ def test_runs_of_the_same_name_are_both_drawn_and_a_torn_newest_snapshot_is_left
 @pytest.mark.processes
 def test_a_snapshot_whose_layers_do_not_fit_is_left_out_with_one_line(tmp_path):
     write_run(tmp_path / "run", [2, 5, 1], [None])
-    Progress(tmp_path / "run", ["seconds"], {}, resume=True).write(
-        [*weights([2, 5]), *weights([4, 1])], seconds=1)
+    row = dict.fromkeys(["seconds", "examples", "epoch", "test_mse", "gradient_cosine"], 1)
+    Progress(tmp_path / "run", list(row), {}, resume=True).write(
+        [*weights([2, 5]), *weights([4, 1])], **row)
     done = run_plot(tmp_path)
     assert done.returncode == 0 and done.stderr.count("left out snapshot_000001.npz") == 1
     assert "Traceback" not in done.stderr and written(tmp_path) == ["surface_000000.png"]

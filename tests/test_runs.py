@@ -1,5 +1,6 @@
 """What runs write: what is refused, what is kept, and what comes back."""
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from plumbing import runs
+from plumbing.errors import FileError, UserError
 from sgd import make_layers
 from tests.processes import start
 
@@ -53,7 +55,7 @@ def test_a_snapshot_comes_back_whole_and_a_damaged_one_is_refused(tmp_path):
 
 def test_arrays_that_are_no_snapshot_are_refused(tmp_path):
     for arrays in ({"x": np.ones(3)}, {"w1": np.ones((1, 1)), "b1": np.ones(1), "x": np.ones(3)}):
-        runs.save(tmp_path / "a.npz", **arrays)
+        np.savez(tmp_path / "a.npz", **arrays)
         with pytest.raises(ValueError, match="is not a snapshot"):
             runs.read_snapshot(tmp_path / "a.npz")
 
@@ -108,6 +110,38 @@ def test_a_resumed_run_continues_in_its_folder_and_leaves_a_trace(tmp_path):
     assert runs.read_json(tmp_path / "run.json") == {"seed": 3, "resumed": 2, "ended": None}
 
 
+@pytest.mark.parametrize("columns, options", [
+    (["seconds", "examples", "test_mse"], {"seed": 4}),
+    (["seconds", "examples", "test_error"], {"seed": 4}), (["seconds"], {"seed": 4, "decay": 1})],
+    ids=["other columns", "another score", "other options"])
+def test_a_resumed_run_moves_another_kind_of_run_aside_and_says_so(
+        columns, options, tmp_path, capsys):
+    mine = ["seconds"] if columns == ["seconds"] else ["seconds", "test_mse"]
+    other = runs.Progress(tmp_path / "run", columns, options)
+    other.write(weights([2, 1]), **dict.fromkeys(columns, 1))
+    other.locked.close()
+    before = {path.name: path.read_bytes() for path in other.folder.iterdir()}
+    progress = runs.Progress(tmp_path / "run", mine, {"seed": 3}, resume=True)
+    assert progress.rows == [] and progress.count == 0
+    aside = {path.name: path.read_bytes() for path in (tmp_path / "run.1").iterdir()}
+    assert aside == before
+    said = f"{tmp_path / 'run'} held another kind of run: moved to {tmp_path / 'run.1'}"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("emptied", ["metrics.csv", "run.json"])
+def test_a_resumed_run_keeps_its_folder_where_a_power_cut_has_emptied_a_file(emptied, tmp_path):
+    progress = runs.Progress(tmp_path / "run", ["seconds"], {"seed": 3})
+    progress.write(weights([2, 1]), seconds=1)
+    progress.locked.close()
+    (tmp_path / "run" / emptied).write_bytes(b"")
+    runs.Progress(tmp_path / "run", ["seconds"], {"seed": 3}, True).write(
+        weights([2, 1]), seconds=2)
+    assert not (tmp_path / "run.1").exists() and len(runs.snapshots(tmp_path / "run")) == 2
+    rows = ["1"] * (emptied != "metrics.csv") + ["2"]
+    assert (tmp_path / "run" / "metrics.csv").read_text().split() == ["seconds", *rows]
+
+
 def test_a_folder_that_holds_no_run_is_never_touched(tmp_path):
     (tmp_path / "metrics.csv").write_text("somebody else's")
     for resume in (False, True):
@@ -133,6 +167,28 @@ def test_a_folder_belongs_to_one_writer(tmp_path):
     assert not (tmp_path / "run.1").exists()
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_the_file_system_knows_no_locks_a_run_warns_and_goes_on(
+        number, tmp_path, monkeypatch, capsys):
+    flock_that_fails(monkeypatch, number)
+    runs.Progress(tmp_path / "run", ["seconds"], {}).write(weights([2, 1]), seconds=1)
+    assert f"warning: {tmp_path / 'run'} cannot be locked" in capsys.readouterr().err
+    assert len(runs.snapshots(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_is_refused_means_another_writer(number, tmp_path, monkeypatch):
+    flock_that_fails(monkeypatch, number)
+    with pytest.raises(UserError, match="another process is writing to"):
+        runs.lock(tmp_path)
+
+
+def flock_that_fails(monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+
+
 @pytest.mark.processes
 def test_two_processes_cannot_write_to_one_folder(tmp_path, small_data):
     progress = runs.Progress(tmp_path / "run", ["seconds"], {})
@@ -149,12 +205,64 @@ def test_torn_rows_are_left_out_when_read_and_when_a_run_continues(tmp_path):
     progress.write(weights([2, 1]), seconds=1, test_mse=0.5)
     progress.locked.close()
     whole = (tmp_path / "metrics.csv").read_text()
-    for torn in ("2", "2,0.4,3,0.3"):
+    for torn in ("2", "2,0.4", "2,0.4,3,0.3"):
         (tmp_path / "metrics.csv").write_text(whole + torn)
         assert runs.read_metrics(tmp_path)["seconds"].tolist() == [1]
     progress = runs.Progress(tmp_path, columns, {}, resume=True)
     progress.write(weights([2, 1]), seconds=3, test_mse=0.3)
     assert (tmp_path / "metrics.csv").read_text() == whole + "3,0.3\n"
+
+
+def test_a_row_is_appended_and_nothing_is_rewritten(tmp_path, monkeypatch):
+    progress = runs.Progress(tmp_path, ["seconds"], {})
+    file_number = progress.metrics.stat().st_ino
+    replaced, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (replaced.append(paths[1]), replace(*paths)))
+    for seconds in range(3):
+        before = progress.metrics.read_text()
+        progress.write(weights([2, 1]), seconds=seconds)
+        assert progress.metrics.read_text() == f"{before}{seconds}\n"
+    assert progress.metrics.stat().st_ino == file_number
+    assert [path.name[:8] for path in replaced] == ["snapshot"] * 3
+
+
+def test_a_row_that_the_disk_had_no_space_for_is_written_later(tmp_path, monkeypatch):
+    progress = runs.Progress(tmp_path, ["seconds", "examples"], {})
+    before = progress.metrics.read_text()
+    monkeypatch.setattr(runs.np, "savez", lambda *_, **__: None)  # the snapshots fit
+    with full_disk(len(before) + 2):
+        for seconds in (1, 2):
+            with pytest.raises(FileError):
+                progress.write([], seconds=seconds, examples=1000)
+            assert runs.read_rows(tmp_path) == []
+    progress.write([], seconds=3, examples=1000)
+    assert progress.metrics.read_text() == before + "1,1000\n2,1000\n3,1000\n"
+    assert [row["seconds"] for row in progress.rows] == [1, 2, 3]
+
+
+def test_of_a_long_run_some_snapshots_are_kept_evenly_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Progress, "KEPT", 8)
+    progress = runs.Progress(tmp_path, ["seconds"], {})
+
+    def numbers():
+        return [runs.number_of(path) for path in runs.snapshots(tmp_path)]
+    for n in range(75):
+        if n == 40:
+            progress.locked.close()
+            progress = runs.Progress(tmp_path, ["seconds"], {}, resume=True)
+        progress.write(weights([2, 1]), seconds=n)
+        kept = numbers()
+        assert kept[0] == 0 and kept[-1] == n and n - 1 in [-1, *kept] and len(kept) <= 8 + 2
+        spread = [number for number in kept if number < n - 1]
+        assert len(set(np.diff(spread))) <= 1 and (n < 8 or len(spread) >= 3)
+    assert kept == [0, 16, 32, 48, 64, 73, 74] and len(runs.read_rows(tmp_path)) == 75
+
+
+def test_snapshots_are_in_the_order_of_their_numbers_and_copies_are_none(tmp_path):
+    for name in ("snapshot_1000000", "snapshot_999999", "snapshot_000001 (copy)", "snapshot_best"):
+        (tmp_path / f"{name}.npz").touch()
+    assert [path.stem for path in runs.snapshots(tmp_path)] == [
+        "snapshot_999999", "snapshot_1000000"]
 
 
 def test_with_a_full_disk_nothing_is_torn_and_no_row_is_lost_when_there_is_space_again(tmp_path):
@@ -257,6 +365,71 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path):
     with full_disk(200), pytest.raises(OSError):
         checkpoint.save(layers, updates=2)
     assert checkpoint.resume(layers) == {"updates": 1}
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("module, name", [(np, "savez"), (os, "fsync"), (os, "replace")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+        module, name, tmp_path, monkeypatch):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 4], np.random.default_rng(0))
+    checkpoint.save(layers, updates=1)
+    with monkeypatch.context() as failing:
+        failing.setattr(module, name, no_space)
+        with pytest.raises(FileError, match="No space left"):
+            checkpoint.save(layers, updates=2)
+    assert checkpoint.resume(layers) == {"updates": 1}
+    checkpoint.save(layers, updates=3)
+    assert checkpoint.resume(layers) == {"updates": 3}
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_one_before(tmp_path, monkeypatch):
+    checkpoint, layers, calls = runs.Checkpoint(tmp_path), make_layers(
+        [3, 4], np.random.default_rng(0)), []
+    replace, fsync = os.replace, os.fsync
+
+    def recording_fsync(file):
+        calls.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+        fsync(file)
+
+    def recording_replace(path, to):
+        calls.append("replace")
+        replace(path, to)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    checkpoint.save(layers, updates=1)
+    written = checkpoint.path.stat()
+    assert calls[:2] == [(written.st_ino, written.st_size), "replace"]
+    assert os.name == "nt" or [number for number, _ in calls[2:]] == [tmp_path.stat().st_ino]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 4], np.random.default_rng(0))
+    monkeypatch.setattr(os, "open", no_space)  # as Windows refuses to open a folder
+    checkpoint.save(layers, updates=1)
+    assert checkpoint.resume(layers) == {"updates": 1}
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_torn_checkpoint_is_one_line_with_the_file_and_the_cure(share, tmp_path):
+    checkpoint, layers = runs.Checkpoint(tmp_path), make_layers([3, 4], np.random.default_rng(0))
+    for updates in (1, 2):
+        checkpoint.save(layers, updates=updates)
+        checkpoint.put_aside()
+    checkpoint.save(layers, updates=3)
+    whole, (first, second) = checkpoint.path.read_bytes(), sorted(tmp_path.glob("*.[12].npz"))
+    checkpoint.path.write_bytes(whole[:int(share * len(whole))])
+    os.utime(first, (1, 1))
+    with pytest.raises(UserError, match="--resume: .* is not a whole file") as error:
+        checkpoint.resume(layers)
+    assert str(checkpoint.path) in str(error.value) and "\n" not in str(error.value)
+    assert f"delete it to start afresh, or rename {second} to checkpoint.npz" in str(error.value)
+    first.unlink()
+    second.unlink()
+    with pytest.raises(UserError, match="delete it to start afresh$"):
+        checkpoint.resume(layers)
 
 
 def test_json_that_is_missing_or_damaged_is_empty(tmp_path):
