@@ -24,14 +24,14 @@ LAYER_1 = "input trainer"
 BARS = {
     "forward": ("forward", "#56B4E9"), "throw": ("forward", "#56B4E9"),
     "backprop": ("backprop and update", "#0072B2"), "update": ("backprop and update", "#0072B2"),
-    "wait": ("waits", "#D55E00"), "ask": ("asks the oracle", "#999999"),
+    "wait": ("waits", "#D55E00"), "ask": ("asks the oracle", "#CCCCCC"),
     "minibatch": ("trains on a new minibatch", "#009E73"),
     "replay": ("trains on a replayed one", "#F0E442"),
     "train": ("oracle trains", "#CC79A7"), "answer": ("oracle answers", "#E69F00")}
 # message: label, color
 ARROWS = {"examples": ("activations", "#000000"), "gradients": ("true gradients", "#D55E00"),
           "guess": ("guesses", "#E69F00")}
-Bar = collections.namedtuple("Bar", "lane name begin end args")               # times in milliseconds
+Bar = collections.namedtuple("Bar", "lane name begin end args")  # times in ms
 Arrow = collections.namedtuple("Arrow", "name lane begin to_lane end")
 
 
@@ -140,7 +140,7 @@ def look(name):
     color = BARS[name][1]
     if name == "wait":
         return {"facecolor": "white", "edgecolor": color, "hatch": "////", "linewidth": 1}
-    return {"facecolor": color, "linewidth": 0}
+    return {"facecolor": color, "edgecolor": color, "linewidth": 0.4}
 
 
 def draw_bars(ax, bars, begin, end, lanes):

@@ -70,14 +70,6 @@ def span(name, **args):
     return Span(name, args) if recorder else NOTHING
 
 
-def traced(name, function):
-    """`function`, with each call in a span."""
-    def call(*args, **kwargs):
-        with span(name):
-            return function(*args, **kwargs)
-    return call
-
-
 def flow_out(name, key):
     """A message leaves. key: what its receiver knows, too. A whole number, as the clock, or an
     array, such as h, in C order: its bytes are the key."""
