@@ -71,4 +71,4 @@ clean:
 	  learning_curves.png .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
-.PHONY: always run chain try lint test test-fast mutants sgd plots clean $(BENCHES)
+.PHONY: always run chain try timeline lint test test-fast mutants sgd plots clean $(BENCHES)

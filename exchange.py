@@ -19,6 +19,7 @@ import time
 
 import numpy as np
 
+from plumbing import trace
 from plumbing.errors import NoAnswer
 from sgd import HIDDEN, backprop, descend, feed_forward, make_layers, schedule, task_of
 
@@ -106,32 +107,34 @@ class BoundedStaleness:
 
         def attempt():
             asked = time.perf_counter()
-            answer, newest = ask()
+            with trace.span("ask", clock=clock):
+                answer, newest = ask()
             if newest and newest[0] == self.start:
                 self.known = max(self.known, newest[1])
-            self.check(clock, clock - self.known, self.known)
+            if clock - self.known > self.bound:
+                self.too_old(clock, self.known)
             return answer, time.perf_counter() - asked
-        answer, seconds = self.timed(attempt)
+        answer, seconds = self.timed(clock, attempt)
         self.recent.append((clock - self.known, seconds))
         return answer
 
-    def timed(self, attempt):
+    def timed(self, clock, attempt):
         """Wait until attempt() succeeds, and count that wait if it was one."""
         began = time.perf_counter()
-        answer, seconds = self.wait(attempt)
+        with trace.span("wait", clock=clock):
+            answer, seconds = self.wait(attempt)
         waited = time.perf_counter() - began - seconds
         if waited > 0.001:
             self.waits, self.waited = self.waits + 1, self.waited + waited
         return answer, seconds
 
-    def check(self, clock, staleness, after):
-        """NoAnswer if it exceeds the bound."""
-        if staleness > self.bound:
-            if time.monotonic() - self.thrown_at > THROW_AGAIN:
-                self.thrown_at = time.monotonic()
-                self.throw_again(after)
-            raise NoAnswer(f"this part is at update {clock}, what is known above is of update "
-                           f"{after}, and --staleness is {self.bound}; is all above running?")
+    def too_old(self, clock, after):
+        """Raises NoAnswer: what is newer than the clock `after` is not known above, or not back."""
+        if time.monotonic() - self.thrown_at > THROW_AGAIN:
+            self.thrown_at = time.monotonic()
+            self.throw_again(after)
+        raise NoAnswer(f"this part is at update {clock}, what is known above is of update "
+                       f"{after}, and --staleness is {self.bound}; is all above running?")
 
     def status(self):
         recent = list(self.recent) or [(np.nan, np.nan)]
@@ -159,7 +162,7 @@ class Source:
     none, and only what has come back is asked for. layers: what a checkpoint must hold besides.
     """
     asks_oracle = takes_back = False  # whether gradients go to an oracle, or back to this part
-    locked = False                    # whether the bound is 0, whatever --staleness says
+    locked = False  # whether the minibatch is not thrown, since the question brings it
     rates = dict(learning_rate=2.7, momentum=0.9, warm_up=0)  # where a person gives none
     layers = ()
 
@@ -193,7 +196,9 @@ class Delayed(Source):
 
     An update is made when a gradient has come back, and only then. All that have come back are
     applied before the next forward pass, the oldest first. At most `bound` minibatches are on their
-    way; beyond that the part waits. What comes back twice is applied once.
+    way; beyond that the part waits. Within this bound there are as many as leave one waiting for
+    the part above, so that the delay is that of the round trip. What comes back twice is applied
+    once.
 
     The layers get back the x and h of the minibatch, but not its weights: backprop goes through
     remembered activations and the present weights. Published pipelines remember the weights, too,
@@ -201,19 +206,21 @@ class Delayed(Source):
     same (cosine 0.998 at least).
     """
     takes_back = True
-    prepare = staticmethod(centered)
-
     def __init__(self, link, part, k, args, rng):
         super().__init__(link, part, k, args, rng)
         self.bound, self.changed = link.bounded.bound, threading.Condition()
+        self.window = 1         # how many may be on their way
         self.on_their_way = {}  # clock -> when it was thrown, its tell, (x, h) of each layer
         self.returned = {}      # clock -> g; servers add what is on its way, the loop takes it
 
-    def add(self, start, clock, g):
-        """In a server's thread: the gradient g (batch, width) of one minibatch of this start."""
+    def add(self, start, clock, waiting, g):
+        """In a server's thread: the gradient g (batch, width) of one minibatch of this start.
+        waiting: how many the part above has still to train on."""
         with self.changed:
             if start == self.link.start and clock in self.on_their_way:
                 self.returned[clock] = g
+                out = len(self.on_their_way) - len(self.returned)
+                self.window = min(self.bound, max(1, out - waiting + 1))
                 self.changed.notify()
 
     def gradients(self, h, y, clock, tell):
@@ -221,8 +228,8 @@ class Delayed(Source):
             inside = [(layer.x, layer.h) for layer in self.part.layers]
             self.on_their_way[clock] = time.perf_counter(), tell, inside
         yield from self.take(clock)
-        while h is not None and len(self.on_their_way) > self.bound:
-            self.link.bounded.timed(lambda: self.something_came(clock))
+        while h is not None and len(self.on_their_way) > self.window:
+            self.link.bounded.timed(clock, lambda: self.something_came(clock))
             yield from self.take(clock)
 
     def take(self, clock):
@@ -230,25 +237,32 @@ class Delayed(Source):
             came, self.returned = sorted(self.returned.items()), {}
         for then, g in came:
             thrown_at, tell, inside = self.on_their_way.pop(then)
+            trace.flow_in("gradients", then)
             self.link.bounded.recent.append((clock - then, time.perf_counter() - thrown_at))
             for layer, (x, h) in zip(self.part.layers, inside, strict=True):
                 layer.x, layer.h = x, h
-            yield self.prepare(g), tell
+            yield centered(g), tell
 
     def something_came(self, clock):
         with self.changed:
             if not self.changed.wait_for(lambda: self.returned, self.link.above.news_seconds):
-                self.link.bounded.check(
-                    clock, len(self.on_their_way), min(self.on_their_way) - 1)
+                self.link.bounded.too_old(clock, min(self.on_their_way) - 1)
         return None, 0.0
 
 
-class Locked(Delayed):
-    """The true gradient of the present minibatch: nothing may be on its way when the part goes on
-    (update-locked, section 1). Through a chain of such parts this is backprop."""
-
+class Locked(Source):
+    """The true gradient of the present minibatch, for which the part waits (update-locked, section
+    1). Through a chain of such parts this is backprop. It is asked for: thrown and thrown back, it
+    would take 2.1 times as long."""
     locked = True
-    prepare = staticmethod(lambda g: g)
+
+    def gradients(self, h, y, clock, tell):
+        if h is not None:
+            with trace.span("wait", clock=clock):
+                above, thrown = self.link.above, self.link.thrown
+                g = above.wait(lambda: above.true_gradients(*thrown))
+                trace.flow_in("gradients", clock)
+            yield g, tell
 
 
 class Unguided(Source):

@@ -11,7 +11,7 @@ plot.py calls target() to draw the function beside what was learned.
 """
 from pathlib import Path
 
-from plumbing import options  # first, see there
+from plumbing import new_figure, options  # first, see there
 from plumbing.errors import UserError, file_errors
 import numpy as np
 
@@ -94,8 +94,7 @@ def main():
         help="MNIST instead: downloaded, or from a file")
     add("--dir", type=Path, default=Path("."), help="where to write (the current folder)")
     args = parser.parse_args()
-    from matplotlib.figure import Figure
-    figure = Figure((5.6, 4.6), layout="constrained")
+    figure = new_figure((5.6, 4.6))
     with options.one_line_errors(parser), file_errors():
         if args.digits is None:
             x, y = sample(args.num_examples, args.seed)

@@ -2,7 +2,7 @@
 
 A link joins two neighbouring parts of the network. Activations go up, true gradients come down, to
 the link's oracle or to the part below. train_input.py has a LowerEnd, train_output.py an UpperEnd,
-and train_middle.py one of each. Between processes, synthgrad.py carries the messages over HTTP. In
+and train_middle.py one of each. Between processes, over_http.py carries the messages. In
 one process, examples/in_process.py carries them by plain calls.
 
 Threads: the training loop alone writes to weights, velocities and checkpoints. Servers' threads add
@@ -45,9 +45,11 @@ from typing import NamedTuple
 import numpy as np
 
 from exchange import SOURCES, BoundedStaleness
+from plumbing import trace
 from plumbing.errors import Refused, UserError
 from plumbing.posting import THROWN
 
+BEHIND = 2     # new minibatches by which replay may lag, where the part below waits anyway
 BACKLOG = 800  # examples that may wait to be trained on, where skipping is allowed
 
 
@@ -56,6 +58,7 @@ class Minibatch(NamedTuple):
     i: np.ndarray
     h: np.ndarray
     y: np.ndarray
+    clock: int | None = None  # the number that the part below gave it; None where it is replayed
     tell: object = None
 
 
@@ -89,24 +92,37 @@ class UpperEnd:
     def add(self, i, h, y, clock, start, every=False):
         """In a server's thread: whole minibatches. `every`: none may be skipped."""
         for its_start, its_clock, columns in minibatches_of(clock, start, i, h, y, clock, start):
-            if every and self.rows["due"] > 2 * THROWN:
-                raise Refused("busy: too many minibatches wait for the training loop", 503)
             if not self.replay.is_new(its_start, its_clock):
                 if self.back is not None:  # its gradient may have been lost on the way
                     self.back.throw_again(its_clock - 1)
                 continue
-            tell = None if self.back is None else partial(self.back.throw, *columns)
+            tell = None if self.back is None else partial(self.tell, its_clock, *columns)
+            if every:
+                self.ask(*columns, tell)
+                continue
             with self.changed:
-                self.queue("due" if every else "waiting", its_start, its_clock,
-                           Minibatch(*columns[:3], tell))
+                self.queue("waiting", its_start, Minibatch(*columns[:3], its_clock, tell))
                 self.replay.add(*columns[1:3])
 
-    def queue(self, name, start, clock, minibatch):
+    def ask(self, i, h, y, clock, start, tell):
+        """In a server's thread: one minibatch, none of which is skipped. tell(g) gets its
+        gradient."""
+        if self.rows["due"] > 2 * THROWN:
+            raise Refused("busy: too many minibatches wait for the training loop", 503)
+        with self.changed:
+            self.queue("due", int(start[0]), Minibatch(i, h, y, int(clock[0]), tell))
+            self.replay.add(h, y)
+
+    def tell(self, clock, *columns):
+        trace.flow_out("gradients", clock)
+        self.back.throw(*columns)
+
+    def queue(self, name, start, minibatch):
         queue = getattr(self, name)
-        queue.append((start, clock, minibatch))
+        queue.append((start, minibatch))
         self.rows[name] += len(minibatch.h)
         while name == "waiting" and len(queue) > 2 and self.rows[name] > BACKLOG:
-            self.rows[name] -= len(queue.popleft()[2].h)
+            self.rows[name] -= len(queue.popleft()[1].h)
             self.skipped += 1
 
     def nudge(self):
@@ -121,12 +137,14 @@ class UpperEnd:
             self.changed.wait_for(lambda: self.nudged or self.due or self.waiting
                                   or self.replay.allowed >= self.batch_size, seconds)
             self.nudged = False
-            if self.due or self.waiting:
-                name = "due" if self.due else "waiting"
-                start, clock, minibatch = self.due.popleft() if self.due else self.waiting.pop()
+            due = self.due and self.replay.allowed <= BEHIND * self.replay.replay * self.batch_size
+            if due or self.waiting:
+                name = "due" if due else "waiting"
+                start, minibatch = self.due.popleft() if due else self.waiting.pop()
                 self.rows[name] -= len(minibatch.h)
-                if not self.trained or self.trained[0] != start or self.trained[1] < clock:
-                    self.trained = start, clock
+                newest = start, minibatch.clock
+                if not self.trained or self.trained[0] != start or self.trained < newest:
+                    self.trained = newest
                 return minibatch
             drawn = self.replay.draw(self.batch_size, self.rng)
             return Minibatch(None, *drawn) if drawn else None
@@ -150,29 +168,37 @@ class LowerEnd:
     """What a part calls of the link above it: throw() and gradients().
 
     above carries the messages: throw(*columns), throw_again(after), guess(h, y), trained(),
-    wait(attempt) and news_seconds. start: a number that another start of this part does not have.
+    true_gradients(*columns), wait(attempt) and news_seconds. start: a number that another start of
+    this part does not have.
     """
 
     def __init__(self, part, above, start, k, args, rng):
         """k: the width of y. args: the program's options. rng: for what the source draws."""
         self.above, self.start = above, start
-        source = SOURCES[args.gradients]
-        self.bounded = BoundedStaleness(0 if source.locked else args.staleness, above.wait,
-                                        above.throw_again, start)
-        self.source = source(self, part, k, args, rng)
+        self.bounded = BoundedStaleness(args.staleness, above.wait, above.throw_again, start)
+        self.source = SOURCES[args.gradients](self, part, k, args, rng)
+        self.thrown = None  # the last minibatch
 
     def throw(self, i, h, y, clock):
         """To the part above, fire-and-forget: h (batch, width) of the minibatch number `clock`."""
-        self.above.throw(i, h, y, np.full(len(i), clock), np.full(len(i), self.start))
+        trace.since_last("forward", clock=clock)
+        with trace.span("throw", clock=clock):
+            trace.flow_out("examples", clock)
+            self.thrown = i, h, y, np.full(len(i), clock), np.full(len(i), self.start)
+            if not self.source.locked:
+                self.above.throw(*self.thrown)
 
     def gradients(self, h=None, y=None, clock=0, tell=None):
         """(g, tell) of each update that can be made now, see exchange.Source."""
-        return self.source.gradients(h, y, clock, tell)
+        for g, its_tell in self.source.gradients(h, y, clock, tell):
+            with trace.span("backprop", clock=clock):  # until the train function wants the next one
+                yield g, its_tell
 
-    def take_back(self, start, clock, g):
-        """In a server's thread: the gradient g of a minibatch that was thrown, if it is wanted."""
+    def take_back(self, start, clock, waiting, *columns):
+        """In a server's thread: columns of a minibatch that was thrown, the last its gradient, if
+        it is wanted. waiting: how many the part above has still to train on."""
         if self.source.takes_back:
-            self.source.add(start, clock, g)
+            self.source.add(start, clock, waiting, columns[-1])
 
     def status(self):
         return {"bound": self.bounded.bound, **self.bounded.status()}

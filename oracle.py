@@ -14,7 +14,7 @@ part below makes at most --staleness updates along zeros, and then waits.
 import math
 import sys
 
-from plumbing import options, say  # first, see there
+from plumbing import options, say, trace  # first, see there
 import numpy as np
 
 from exchange import Replay
@@ -182,9 +182,10 @@ class Oracle:
                           f" has a width of {y.shape[1]}", 400)
         return np.column_stack([h, y])
 
-    def add(self, its_start, its_clock, i, h, y, clock, start, g):
+    def add(self, its_start, its_clock, waiting, i, h, y, clock, start, g):
         """A minibatch to learn from: true gradients g at h, (batch, width). Twice counts once."""
         inputs = self.inputs(h, y)
+        trace.flow_in("gradients", its_clock)
         if self.examples.is_new(its_start, its_clock):
             self.examples.add(inputs, g, clock, start)
 
@@ -198,7 +199,8 @@ class Oracle:
         if not drawn:
             return False
         inputs, g, clock, start = drawn
-        self.loss, guess = self.model.train(inputs, g)
+        with trace.span("train", clock=int(clock[0])):
+            self.loss, guess = self.model.train(inputs, g)
         self.updates += STEPS
         newest = int(start[0]), int(clock[start == start[0]].max())
         if self.newest is None or newest[0] != self.newest[0] or newest > self.newest:
@@ -214,9 +216,10 @@ class Oracle:
 
 
 def main(args, stop):
+    from over_http import serve_gradients
     from plumbing import serving
     from plumbing.wire import encode
-    from synthgrad import Question, serve_gradients
+    from synthgrad import Question
     labels = args.condition_on_labels
     oracle = Oracle(args.layers, labels, args.keep, args.replay, args.learning_rate,
                     args.batch_size, args.seed)
@@ -236,7 +239,10 @@ def main(args, stop):
         h, y = serving.message(Question, h=oracle.width)
         if oracle.model is None:
             raise Refused("TensorFlow is still starting", 503)
-        gradients, newest = oracle.guess(h, y)
+        with trace.span("answer"):
+            trace.flow_in("question", h)
+            gradients, newest = oracle.guess(h, y)
+            trace.flow_out("guess", h)
         return serving.as_json(encode(serving.wants_values(), gradients=gradients,
                                        newest=newest))
 
@@ -244,7 +250,8 @@ def main(args, stop):
     sys.modules["matplotlib"] = None  # so that Keras does not import it, which takes a second
     oracle.start()
     sees = f"h and y, {labels} wide" if labels else "h"
-    say(f"oracle {args.layers}, which sees {sees}, answers on {args.host}:{args.port}")
+    where = options.address(args.host, args.port)
+    say(f"oracle {args.layers}, which sees {sees}, answers on {where}")
     reporter = process.Reporter(lambda: (
         f"{oracle.examples.counters()['received']:,} gradients received, {oracle.updates:,} "
         f"updates, loss {oracle.loss:.3f} of zero's"))

@@ -19,8 +19,8 @@ from itertools import pairwise
 
 from plumbing import data, options, runs  # first, see there
 import numpy as np
-from tqdm import tqdm
 
+from plumbing.bar import progress_bar
 from plumbing.errors import Diverged
 
 # ---- activations: to add a hidden one, write a class like Sigmoid and name it in HIDDEN ----
@@ -281,7 +281,7 @@ def run(args, loaded, progress):
     learning_rate = schedule(args.learning_rate, args.decay)
     start = time.perf_counter()
     with (progress.ending(), np.errstate(all="ignore"),
-          tqdm(total=args.num_epochs, unit="epoch") as bar):
+          progress_bar(total=args.num_epochs, unit="epoch") as bar):
         for count in train(layers, x, y, order, learning_rate, args.momentum):
             examples += count
             if examples == (epoch + 1) * len(x):

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from plumbing import data, options, runs, say  # first, see there
 import numpy as np
-from tqdm import tqdm
 
 from exchange import SOURCES
 from links import LowerEnd
 from plumbing import process
+from plumbing.bar import progress_bar
 from plumbing.errors import FileError, NoAnswer, Refused
 from plumbing.part import Part
 from sgd import (HIDDEN, backprop, feed_forward, layers_from_weights, make_layers, minibatches,
@@ -41,8 +41,7 @@ HEAD = dict(head=[12], head_rate=0.1, head_momentum=0.9)  # of --gradients local
 def train(part, x, y, order, learning_rate, momentum, throw, gradients):
     """The algorithm. `order` yields minibatches of indices. Yields after each of them.
 
-    gradients() is that of the source in exchange.py; Synthetic asks over HTTP, by synthgrad.Above,
-    what oracle.Oracle.guess answers. Most sources give one gradient a minibatch.
+    gradients() is that of the source in exchange.py; Synthetic asks, over HTTP, oracle.Oracle.guess. Most sources give one gradient a minibatch.
     """
     for i in order:
         h = feed_forward(part.layers, x[i])
@@ -167,7 +166,7 @@ class Run:
         self.state = f"training along {args.gradients} gradients"
         order = minibatches(len(x), args.batch_size, args.num_epochs, args.seed, self.examples)
         start, due = time.perf_counter() - self.seconds, self.seconds + args.snapshot_seconds
-        with tqdm(total=args.num_epochs * len(x), initial=self.examples, unit=" examples",
+        with progress_bar(total=args.num_epochs * len(x), initial=self.examples, unit=" examples",
                   unit_scale=True, mininterval=0.5) as bar:
             for count in train(self.part, x, self.data.y, order,
                                schedule(args.learning_rate, args.decay, args.warm_up),
@@ -201,15 +200,14 @@ def mean_cosine(g, guess):
 
 
 def main(args, stop):
+    from over_http import Above, serve_gradients
     from plumbing import serving                  # here, for in_process.py serves nothing
-    from synthgrad import Above, serve_gradients
     loaded = data.load(args.x, args.y, args.held_out)
     data.check_columns(loaded, args.layers)
     listener = serving.listen(args)
     run = Run(args, stop, loaded, Above(args, stop))
     app = serving.make_app("input trainer", run.status, args)
-    serve_gradients(app, args.layers[-1], lambda: run.k,
-                    lambda start, clock, *columns: run.link.take_back(start, clock, columns[-1]))
+    serve_gradients(app, args.layers[-1], lambda: run.k, run.link.take_back)
     serving.serve(app, listener, args)
     run.connect()
     say(data.describe(loaded, task_of(run.k), run.constant))

@@ -29,7 +29,7 @@ def train(part, minibatches, learning_rate, momentum, throw, gradients):
     """The algorithm. Yields the mean square of the gradient dL/dx, at each update. A minibatch is
     None if only a gradient has come back from above."""
     for minibatch in minibatches:
-        i, x, y, tell = minibatch or (None,) * 4
+        i, x, y, _, tell = minibatch or (None,) * 5
         h = None if minibatch is None else feed_forward(part.layers, x)
         if minibatch:
             throw(i, h, y, part.clock)                  # to the part above, fire-and-forget
@@ -43,8 +43,9 @@ def train(part, minibatches, learning_rate, momentum, throw, gradients):
 
 
 def main(args, stop):
+    from over_http import Above, post_gradients, serve_gradients, serve_part
     from plumbing import serving                        # here, for in_process.py serves nothing
-    from synthgrad import Above, PartClient, post_gradients, serve_gradients, serve_part
+    from synthgrad import PartClient
     listener = serving.listen(args)
     locked = runs.lock(args.progress_dir)  # noqa: F841
     rng = np.random.default_rng([args.seed, 6, *args.layers])
@@ -54,7 +55,7 @@ def main(args, stop):
         raise UserError(f"{args.oracle_server} is given as the oracle below and as the one above; "
                         "each link needs its own: --oracle-server names the one above, "
                         "--lower-oracle-server the one below")
-    poster = post_gradients(args.lower_oracle_server, args.token)
+    poster = post_gradients(args.lower_oracle_server, args.token, lambda: below)
     below = UpperEnd(Replay(1, 0), args.batch_size, rng, poster and poster.outbox)
     link = None  # the lower end of the link above, once that answers
 
@@ -71,8 +72,8 @@ def main(args, stop):
         theirs, updates = PartClient(args.output_server, args.token).weights(above.network)
         return part.weights()[0] + theirs, [part.clock, *updates]
 
-    def add(start, clock, *columns):
-        link.take_back(start, clock, columns[-1])
+    def add(*gradients):
+        link.take_back(*gradients)
         below.nudge()
 
     app = serving.make_app("middle trainer", status, args)
@@ -83,7 +84,7 @@ def main(args, stop):
     link = LowerEnd(part, above, process.START, k, args, rng)
     above.check_use(part.resume(args.resume, link.source.layers), part)
     part.save()  # from now on --resume continues this run
-    say(f"middle trainer {args.layers} answers on {args.host}:{args.port}")
+    say(f"middle trainer {args.layers} answers on {options.address(args.host, args.port)}")
     reporter = process.Reporter(below.line)
     squares = train(part, part.minibatches(below, stop, args.checkpoint_seconds, reporter),
                     schedule(args.learning_rate, args.decay, args.warm_up), args.momentum,

@@ -5,8 +5,8 @@
 train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and the number of the
 minibatch. It trains in a loop on what has arrived so far, the last arrival first. The true
 gradients g = dL/dh that its backprop gives there go to oracle.py, fire-and-forget. With
-train_input.py --gradients true or delayed they go back to the input trainer: --oracle-server
-127.0.0.1:5003. With --gradients local or zero nobody wants them: --oracle-server none.
+train_input.py --gradients delayed they go back to the input trainer: --oracle-server
+127.0.0.1:5003. Otherwise nobody takes them: --oracle-server none.
 """
 from plumbing import options, runs, say  # first, see there
 import numpy as np
@@ -28,7 +28,7 @@ DEFAULTS = dict(
 
 def train(part, minibatches, task, learning_rate, momentum):
     """The algorithm. Yields the mean loss on each minibatch, before its update."""
-    for _, h, y, tell in minibatches:
+    for _, h, y, _, tell in minibatches:
         y_hat = feed_forward(part.layers, h)
         g = task.loss_gradient(y_hat, y)
         g = backprop(part.layers, g)                # dL/dh, per example
@@ -40,14 +40,14 @@ def train(part, minibatches, task, learning_rate, momentum):
 
 
 def main(args, stop):
-    from plumbing import serving                    # here, for in_process.py serves nothing
-    from synthgrad import post_gradients, serve_part
+    from over_http import post_gradients, serve_part
+    from plumbing import serving                  # here, for in_process.py serves nothing
     listener = serving.listen(args)               # first: if the port is taken, no file is touched
     locked = runs.lock(args.progress_dir)         # until this function returns  # noqa: F841
     rng, network = np.random.default_rng([args.seed, 2]), args.layers
     part = Part(make_layers(network, rng, input_mean=HIDDEN.mean), args.progress_dir)
     part.resume(args.resume)
-    poster = post_gradients(args.oracle_server, args.token)
+    poster = post_gradients(args.oracle_server, args.token, lambda: below)
     below = UpperEnd(Replay(args.keep, args.replay), args.batch_size, rng,
                      poster and poster.outbox)
 
@@ -58,7 +58,7 @@ def main(args, stop):
     app = serving.make_app("output trainer", status, args)
     serve_part(app, below, lambda: network, lambda: (part.weights()[0], [part.clock]))
     serving.serve(app, listener, args)
-    say(f"output trainer {network} answers on {args.host}:{args.port}")
+    say(f"output trainer {network} answers on {options.address(args.host, args.port)}")
     minibatches = part.minibatches(below, stop, args.checkpoint_seconds,
                                    process.Reporter(below.line))
     losses = train(part, filter(None, minibatches), task_of(network[-1]),

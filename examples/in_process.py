@@ -27,6 +27,7 @@ import train_middle
 import train_output
 from exchange import SOURCES, Replay
 from links import LowerEnd, UpperEnd, check_oracle
+from plumbing.bar import progress_bar
 from plumbing.errors import NoAnswer, UserError
 from plumbing.part import Part
 from sgd import make_layers, minibatches, schedule, task_of, test_score
@@ -78,6 +79,12 @@ class Cut:
     def throw_again(self, after):
         pass
 
+    def true_gradients(self, *columns):
+        answer = []
+        self.above.ask(*columns, answer.append)
+        collections.deque(self.train(iter(self.above.next, None)), maxlen=0)
+        return answer[0]
+
     def trained(self):
         return self.above.trained
 
@@ -86,9 +93,9 @@ class Cut:
         while self.late and self.late[0][0] <= now:
             *columns, g = self.late.popleft()[1]
             if self.takes_back:
-                self.link.take_back(0, int(columns[3][0]), g)
+                self.link.take_back(0, int(columns[3][0]), 0, g)
             else:
-                self.oracle.add(0, int(columns[3][0]), *columns, g)
+                self.oracle.add(0, int(columns[3][0]), 0, *columns, g)
         while self.oracle and self.oracle.train():
             pass
 
@@ -163,7 +170,8 @@ def main():
         if sorted({0, *args.cuts, len(args.layers) - 1}) != [0, *args.cuts, len(args.layers) - 1]:
             raise UserError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")
         print(data.describe(loaded, task, data.constant_guess(loaded, task_of)))
-        for updates, score, *_ in tqdm(run(args, loaded), total=args.num_epochs, unit="epoch"):
+        epochs = progress_bar(run(args, loaded), total=args.num_epochs, unit="epoch")
+        for updates, score, *_ in epochs:
             tqdm.write(f"{updates:6} updates, {task.label} {score:.4f}")
 
 

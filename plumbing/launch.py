@@ -97,7 +97,7 @@ def command_lines(args, hosts=None):
               for name in port}
     oracles = [server[f"oracle{k}"] for k in links]
     asked = links if args.gradients in ("synthetic", "shuffled") else []
-    if args.gradients in ("true", "delayed"):
+    if args.gradients == "delayed":
         taught = [server[part] for part in parts]
     else:
         taught = oracles if asked else ["none"] * len(links)

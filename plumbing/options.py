@@ -43,6 +43,7 @@ SHARED = {
     "oracle_server": dict(help="where the oracle is (%(default)s)"),
     "output_server": dict(help="where the part above is (%(default)s)"),
     "progress_dir": dict(help="folder to write to (%(default)s)"),
+    "trace": dict(type=Path, help="file for a trace of the last events, see plumbing/trace.py"),
     "resume": dict(action="store_true", help="continue from a checkpoint in --progress-dir"),
     "checkpoint_seconds": dict(type=number(float, 0), help="between checkpoints (%(default)s)"),
     "snapshot_seconds": dict(type=number(float, 0), help="between rows (%(default)s)"),
@@ -56,7 +57,7 @@ def make_parser(doc, port=None, **defaults):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if port:
         defaults = {"host": "127.0.0.1", "port": port, "allow_host": [], "token_file": None,
-                    **defaults}
+                    "trace": None, **defaults}
     for name, default in defaults.items():
         words = SHARED[name]
         if default is None:

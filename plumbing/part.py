@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from plumbing import runs, say
+from plumbing import runs, say, trace
 from plumbing.errors import Diverged, FileError
 
 
@@ -69,7 +69,15 @@ class Part:
         """What arrivals.next() gives until `stop`, None where it gives nothing. In between, a
         checkpoint every so many seconds, and a line now and then."""
         while not stop:
-            yield arrivals.next(0.2)
+            minibatch = arrivals.next(0.2)
+            if minibatch is None:
+                yield None
+                continue
+            clock = minibatch.clock
+            with trace.span("replay" if clock is None else "minibatch", clock=clock):
+                if clock is not None:
+                    trace.flow_in("examples", clock)
+                yield minibatch  # until the train function wants the next one
             if time.monotonic() - self.saved > seconds:
                 self.try_to_save()
             reporter.now_and_then(self.clock)

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 
-from plumbing import options, say
+from plumbing import options, say, trace
 from plumbing.errors import NoAnswer
 
 START = random.getrandbits(52)  # of this process: tells it from one before a crash
@@ -107,6 +107,7 @@ def run(main, parser):
     except Exception:
         traceback.print_exc()
         code = 1
+    trace.write()
     with contextlib.suppress(OSError):  # the terminal may have gone
         sys.stdout.flush()
         sys.stderr.flush()

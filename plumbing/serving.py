@@ -19,7 +19,7 @@ from waitress.task import ErrorTask
 from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 
-from plumbing import options, say
+from plumbing import options, say, trace
 from plumbing.errors import Diverged, NoAnswer, Refused, UserError
 from plumbing.wire import MAX_BODY, Malformed, decode, holder, rows_per_message
 
@@ -68,6 +68,8 @@ def names_of(args):
 def make_app(process, status, args):
     """A Flask app that answers every error as JSON, and GET /status with the dict status()."""
     app = flask.Flask(process, static_folder=None)
+    if args.trace:
+        trace.start(args.trace, process)
     app.config["MAX_CONTENT_LENGTH"], app.json.sort_keys = MAX_BODY, False
     names = names_of(args)
 

@@ -12,9 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from plumbing import launch, proxy, runs, say
+from plumbing import launch, new_figure, proxy, say
 from plumbing.errors import UserError, file_errors
-from plumbing.experiments import FAST
 
 AWAY = 0.010  # seconds to the part above, and as many back
 UPDATES = 10  # of layer 1, in the picture
@@ -23,7 +22,7 @@ LAYER_1 = "input trainer"
 # span: label, color. Colour-blind readers can tell these apart (Okabe and Ito)
 BARS = {
     "forward": ("forward", "#56B4E9"), "throw": ("forward", "#56B4E9"),
-    "backprop": ("backprop and update", "#0072B2"), "update": ("backprop and update", "#0072B2"),
+    "backprop": ("backprop and update", "#0072B2"),
     "wait": ("waits", "#D55E00"), "ask": ("asks the oracle", "#CCCCCC"),
     "minibatch": ("trains on a new minibatch", "#009E73"),
     "replay": ("trains on a replayed one", "#F0E442"),
@@ -181,7 +180,7 @@ def run(name, extra, argv, signals):
         if code := launch.run(commands, signals):
             return code, []
     trace = join(files.values())
-    runs.save_text(folder / f"{name}.json", json.dumps(trace))
+    (folder / f"{name}.json").write_text(json.dumps(trace), encoding="utf-8")
     return 0, trace["traceEvents"]
 
 
@@ -195,18 +194,17 @@ def far(words, option):
 
 def main(argv):
     """The exit code: that of the run that did not finish, or 0."""
-    from matplotlib.figure import Figure
     signals, traces = launch.catch_signals(), []
     Path("timeline").mkdir(exist_ok=True)
-    for name, extra in (("true", ["--gradients", "true", *FAST]), ("guesses", [])):
+    for name, extra in (("true", ["--gradients", "true"]), ("guesses", [])):
         print(f"timeline, {name}: the part above is {2000 * AWAY:.0f} ms away", flush=True)
         code, events = run(name, extra, argv, signals)
         if code:
             return code
         traces.append(events)
-    figure = Figure((9, 5.6), dpi=200, layout="constrained")
+    figure = new_figure((9, 5.6))
     draw(figure, *traces)
-    figure.savefig("timeline.png")
+    figure.savefig("timeline.png", dpi=200)
     say("timeline.png; Perfetto opens timeline/true.json and timeline/guesses.json")
     return 0
 

@@ -37,12 +37,14 @@ class Recorder:
     def __init__(self, path, process, last):
         self.path, self.process, self.numbers = path, process, itertools.count()
         self.entries = collections.deque(maxlen=last)  # append() and copy() are atomic
+        self.ends = {}  # thread -> when its last span ended
 
     def now(self):
         return time.perf_counter_ns(), next(self.numbers)
 
     def add(self, phase, name, begin, end, more):
         thread = threading.current_thread()
+        self.ends[thread.native_id] = end
         self.entries.append((phase, name, begin, end, thread.native_id, thread.name, more))
 
 
@@ -68,6 +70,14 @@ def start(path, process, last=LAST):
 def span(name, **args):
     """A context for what takes time. args: whole numbers or text, such as clock=1000."""
     return Span(name, args) if recorder else NOTHING
+
+
+def since_last(name, **args):
+    """A bar from the end of this thread's last one until now."""
+    if recorder:
+        now = recorder.now()
+        begin = recorder.ends.get(threading.get_native_id(), now)
+        recorder.add("B", name, begin, now, {"args": args})
 
 
 def flow_out(name, key):
