@@ -2,16 +2,10 @@
 
     Replay            above, oracle  the newest examples, and how often each may be trained on
     BoundedStaleness  below          waits while what is known above is too old
-    Synthetic         below          the oracle's guesses
-    Shuffled          below          the same, each example with another one's guess
-    Delayed           below          true gradients of earlier minibatches, when they come back
-    Locked            below          the true gradient of this minibatch, which it waits for
-    Local             below          the gradient of a small network of its own that predicts y
-    Zero              below          none: the part stays as drawn
+    SOURCES           below          where a gradient comes from, a class for each of --gradients
 
 "below" and "above" are the parts of the network below and above a cut. Nothing here depends on how
-messages travel. A source of gradients is given a `link`, see links.LowerEnd. SOURCES names the
-values of --gradients; what differs between them stands in these classes and nowhere else.
+messages travel: links.py has the two ends of a link, which use this.
 """
 import collections
 import threading

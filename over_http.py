@@ -1,4 +1,4 @@
-"""Carries the messages of a link between processes: what links.py calls, and what servers answer.
+"""Carries a link's messages between processes: what links.py calls, and what servers answer.
 
     Above             below   the part and the oracle above: throws, asks, waits, checks that they fit
     post_gradients    above   throws gradients at the oracle, or at the part below

@@ -41,7 +41,8 @@ HEAD = dict(head=[12], head_rate=0.1, head_momentum=0.9)  # of --gradients local
 def train(part, x, y, order, learning_rate, momentum, throw, gradients):
     """The algorithm. `order` yields minibatches of indices. Yields after each of them.
 
-    gradients() is that of the source in exchange.py; Synthetic asks, over HTTP, oracle.Oracle.guess. Most sources give one gradient a minibatch.
+    gradients() is that of a source in exchange.py, and gives one gradient a minibatch, or with
+    delayed gradients those that have come back. Synthetic asks oracle.Oracle.guess, over HTTP.
     """
     for i in order:
         h = feed_forward(part.layers, x[i])
