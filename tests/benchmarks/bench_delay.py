@@ -1,21 +1,24 @@
-"""`make bench-delay`: guesses against true gradients that come late, in one process. Hours.
+"""`make bench-delay`: every way to get a gradient, against its delay, in one process. Hours.
 
-When is a guess better than a true gradient that is `delay` updates old? On the default problem, cut
-after layer 1, and on two whose lower part is deep, 10-64-64-64 | 64-64-1, where eight inputs are
-noise: the default target, and the waves of measure.py. 8 epochs. Each way has its best rate at each
-delay, of the same ones: the one whose worse run is the best, of two in half the updates, on seeds
-that are not reported. "mean kept" is without exchange.centered(). examples/in_process.py holds
-everything else still: the same options give the same numbers, on a busy machine, too.
-bench_staleness.py is the same by processes.
+Three networks: one layer of 24 below the cut, a narrow one of 6, and three layers of 64, where
+eight of ten inputs are noise. Three functions: the default one, `waves` and `ripples`. Each way
+gets the same number of tries for its rates, momentum and warm-up, on a function that is not
+reported, and as many for what is its own (the head of a local loss, the oracle), on another one;
+at full length, once at 6 and once at 50 updates. So the rates at 20 are those at 6, and those at
+100 are those at 50. examples/in_process.py holds everything else still: the same options give the
+same numbers, on a busy machine, too.
 
-A second table shows why the mean is removed: the cosine of the true gradient at the cut with
-itself some updates later, for its mean over held-out examples and for the rest. Writes
-bench-delay.md, .png and bench-delay-persistence.md into benchmarks/.
+--widths varies the width of the narrow layer instead. A second table shows why exchange.centered()
+takes the mean out: the cosine of the true gradient at the cut with itself some updates later, for
+its mean over held-out examples and for the rest. Writes bench-delay.md, .png and
+bench-delay-persistence.md into benchmarks/, or bench-widths.md and .png.
 """
+import concurrent.futures
 import functools
 import itertools
 import json
-from unittest import mock
+import multiprocessing
+import os
 
 import numpy as np
 from tqdm import tqdm
@@ -24,155 +27,263 @@ import exchange
 from examples import in_process
 from plot import STYLES, png
 from plumbing import data
+from plumbing.errors import UserError
 from sgd import (
     backprop,
     descend,
     feed_forward,
-    loss_gradient,
     make_layers,
     minibatches,
     schedule,
+    task_of,
 )
 from tests.benchmarks.measure import (
     DATA,
     KEPT,
     SEARCH_SEED,
+    another_target,
     cell,
     make_parser,
     noisy_data,
+    other_target,
+    ripples_target,
     table,
     waves_target,
 )
-from train_input import mean_cosine
+from train_input import mean_cosine, with_rates
 
-DELAYS = 6, 20, 50, 100, 200
+EPOCHS = 3  # 5,700 updates
+DELAYS = 6, 20, 50, 100
+WIDTHS = 3, 6, 12, 24, 48
 PERSISTENCE = 1, 3, 6, 20, 50
-DEEP = ["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3, "--replay", 4, "--warm-up", 300,
-        "--decay", 20_000]
-DEEP_RATES = (0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0)
-RATES = (0.8, 0.9), (2.7, 0.9), (12.0, 0.0), (30.0, 0.0)
-EPOCHS = 8
-PROBLEMS = {  # name: options, hidden layers of a capable and of a small oracle, rates and momenta
-    "default": ([], ([64, 64], [12]), RATES),
-    "deep": (DEEP, ([64], []), DEEP_RATES), "deep, waves": (DEEP, ([64], []), DEEP_RATES)}
-WAYS = {  # name: --gradients, which oracle, whether it sees y, whether the mean is kept
-    "true gradients, delayed": ("delayed", 0, False, False),
-    "guesses with labels": ("synthetic", 0, True, False),
-    "guesses with labels, small oracle": ("synthetic", 1, True, False),
-    "guesses": ("synthetic", 0, False, False),
-    "true gradients, delayed, mean kept": ("delayed", 0, False, True),
-    "guesses with labels, mean kept": ("synthetic", 0, True, True)}
+FUNCTIONS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
+SEARCHED = {"other": other_target, "another": another_target}  # for rates; for a way's own
+# learning rate, momentum, warm-up
+SHALLOW_RATES = ((1, 0.9, 0), (2.7, 0.9, 0), (2.7, 0.9, 1000), (10, 0, 0), (30, 0, 0),
+                 (30, 0, 1000))
+DEEP_RATES = ((0.2, 0.9, 0), (0.2, 0.9, 1000), (0.6, 0.9, 0), (2, 0, 0), (2, 0, 1000), (6, 0, 0))
+NETWORKS = {  # name: options, rates to try, for true gradients three more
+    "one layer of 24": (["--layers", 2, 24, 12, 1], SHALLOW_RATES,
+                        ((0.3, 0.9, 0), (5, 0.9, 0), (5, 0.9, 1000))),
+    "one layer of 6": (["--layers", 2, 6, 64, 64, 1], SHALLOW_RATES,
+                       ((0.3, 0.9, 0), (5, 0.9, 0), (5, 0.9, 1000))),
+    "three layers of 64": (["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3], DEEP_RATES,
+                           ((0.07, 0.9, 0), (1.5, 0.9, 0), (0.6, 0.9, 1000)))}
+ORACLES = ("--oracle-rate", 0.002), ("--oracle-layers", 128, 128), ("--oracle-replay", 8)
+HEADS = ("--head",), ("--head", 64, 64), ("--head-rate", 0.03)
+WAYS = {  # name: --gradients and labels, whether the delay matters, its own options to try
+    "true, no delay": (["--gradients", "true"], False, None),
+    "true, late": (["--gradients", "delayed"], True, None),
+    "guesses with labels": (["--condition-on-labels"], True, ORACLES),
+    "guesses": ([], True, ORACLES),
+    "local loss": (["--gradients", "local"], False, HEADS),
+    "zero": (["--gradients", "zero"], False, ())}
 
 
 @functools.cache
-def data_of(problem):
+def data_of(function, noisy):
     """Paths of its x.npy and y.npy."""
-    if problem == "default":
-        return DATA
-    if problem == "deep":
-        return noisy_data(KEPT / "noisy")
-    return noisy_data(KEPT / "waves" / "noisy", paths=waves_target(KEPT / "waves"))
+    folder = KEPT / function
+    paths = {**FUNCTIONS, **SEARCHED}[function](folder)
+    return noisy_data(folder / "noisy", paths=paths) if noisy else paths
 
 
-def learn(problem, way, delay, rates, seed, epochs):
-    """The held-out MSE of one run, the median over its last three epochs. Kept on disk."""
-    kept = KEPT / "bench-delay" / f"{problem} {way} {delay} {rates} {seed} {epochs}.json".replace(
-        ",", "")
+def learn(network, words, function, delay, rates, seed, own=()):
+    """The held-out MSE after each epoch of one run. Kept on disk."""
+    name = " ".join(map(str, [network, *words, function, delay, *rates, seed, *own]))
+    kept = KEPT / "bench-delay" / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    (options, oracles, _), paths = PROBLEMS[problem], data_of(problem)
-    kind, oracle, labels, mean_kept = WAYS[way]
-    words = [*paths, *options, "--gradients", kind, "--delay", delay, "--seed", seed,
-             "--learning-rate", rates[0], "--momentum", rates[1], "--num-epochs", epochs,
-             "--oracle-replay", 4, "--oracle-layers", *oracles[oracle],
-             *["--condition-on-labels"] * labels]
-    args = in_process.make_parser().parse_args(list(map(str, words)))
-    centered = (lambda g: g) if mean_kept else exchange.centered
-    with np.errstate(all="ignore"), mock.patch("exchange.centered", centered):
+    paths = data_of(function, network.startswith("three"))
+    rate, momentum, warm_up = rates
+    words = [*paths, *NETWORKS.get(network, (network.split(),))[0], *words, "--delay", delay,
+             "--seed", seed, "--replay", 4, "--num-epochs", EPOCHS, "--learning-rate", rate,
+             "--momentum", momentum, "--warm-up", warm_up, *own]
+    args = with_rates(in_process.make_parser().parse_args(list(map(str, words))))
+    with np.errstate(all="ignore"):
         try:
             scores = [score for _, score, *_ in in_process.run(args, data.load(*paths))]
-        except FloatingPointError:
+        except UserError:  # diverged
             scores = [np.inf]
-    reached = float(np.nan_to_num(np.median(scores[-3:]), nan=np.inf))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(reached))
-    return reached
+    temporary = kept.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(scores))
+    temporary.replace(kept)
+    return scores
 
 
-def persistence(problem, delays):
+def reached(scores):
+    """What a run came to: the last held-out MSE, infinite if it diverged."""
+    return float(np.nan_to_num(scores[-1], nan=np.inf))
+
+
+def run_all(pool, cases):
+    """[(arguments of learn)] -> what each run came to, with a progress bar."""
+    cases = list(cases)
+    futures = {case: pool.submit(learn, *case) for case in dict.fromkeys(cases)}
+    for _ in tqdm(concurrent.futures.as_completed(futures.values()), total=len(futures),
+                  unit="run"):
+        pass
+    return {case: reached(future.result()) for case, future in futures.items()}
+
+
+def search(pool, network, ways):
+    """{(way, delay): the rates and own options that came to the lowest MSE}."""
+    _, rates, more = NETWORKS[network]
+    cells = [(way, delay) for way in ways for delay in ((6, 50) if WAYS[way][1] else (0,))]
+
+    def cases_of(way, delay, best=None):
+        words, _, own = WAYS[way]
+        tries = [(each, ()) for each in (rates if best is None else more if own is None else ())]
+        tries += [(best[0], each) for each in own or ()] if best else []
+        function = "other" if best is None else "another"
+        tries += [best] if best else []
+        if way == "zero":
+            tries = [((1, 0, 0), ())]
+        return {each: (network, tuple(words), function, delay, each[0], SEARCH_SEED, each[1])
+                for each in tries}
+    best = {cell: None for cell in cells}
+    for _ in range(2):
+        tries = {cell: cases_of(*cell, best[cell]) for cell in cells}
+        found = run_all(pool, [case for each in tries.values() for case in each.values()])
+        best = {cell: min(each, key=lambda this: found[each[this]])  # noqa: B023
+                for cell, each in tries.items()}
+    return best
+
+
+def best_of(best, way, delay):
+    return best[way, (6 if delay < 50 else 50) if WAYS[way][1] else 0]
+
+
+def persistence(function, network, delays):
     """The cosine of the true gradient at the cut, at held-out examples, with itself some updates
     later: for its mean over them, and for the rest. Plain SGD, from update 400 to 2,400."""
-    loaded, options = data.load(*data_of(problem)), PROBLEMS[problem][0]
-    args = in_process.make_parser().parse_args(["", "", *map(str, options)])
+    loaded = data.load(*data_of(function, network.startswith("three")))
+    args = in_process.make_parser().parse_args(["", "", *map(str, NETWORKS[network][0])])
     layers = make_layers(args.layers, np.random.default_rng(SEARCH_SEED))
     below, above = layers[:args.cuts[0]], layers[args.cuts[0]:]
     x, y, seen = loaded.x_test[:5000], loaded.y_test[:5000], []
+    loss_gradient = task_of(y.shape[1]).loss_gradient
     order = minibatches(len(loaded.x), args.batch_size, 2, SEARCH_SEED)
     for clock, i in enumerate(itertools.islice(order, 2400)):
         g = backprop(above, loss_gradient(feed_forward(layers, x), y))
         if clock >= 400:
             seen.append((g.mean(axis=0), exchange.centered(g)[:200].ravel()))
         backprop(layers, loss_gradient(feed_forward(layers, loaded.x[i]), loaded.y[i]))
-        descend(below, schedule(1.0, args.decay, args.warm_up)(clock), 0.0)
+        descend(below, schedule(1.0, args.decay, 300)(clock), 0.0)
         descend(above, args.output_rate, args.output_momentum)
     means, rests = map(np.array, zip(*seen, strict=True))
     for what, all_g in (("mean", means), ("the rest", rests)):
-        yield problem, what, *(f"{mean_cosine(all_g[:-k], all_g[k:]):.2f}" for k in delays)
+        yield function, network, what, *(f"{mean_cosine(all_g[:-k], all_g[k:]):.2f}"
+                                         for k in delays)
 
 
-def draw(figure, results, problems):
-    """The final MSE against the delay, median and range, for each problem and way."""
+def draw(figure, results, rows, columns, x_label):
+    """The final MSE, median and range over seeds. results: (row, column, way, x) -> MSEs."""
     from matplotlib.ticker import LogLocator, NullFormatter
-    named = {}  # label: line
-    for axes, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems,
-                             strict=True):
+    named, grid = {}, figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
+    for (row, column), axes in zip(itertools.product(rows, columns), grid.flat, strict=True):
+        xs = sorted({x for r, c, _, x in results if (r, c) == (row, column) and x})
         for (color, style), way in zip(STYLES, WAYS, strict=False):
-            found = {delay: values for (p, w, delay), (_, values) in results.items()
-                     if (p, w) == (problem, way)}
-            if not found:
-                continue
-            values = np.array(list(found.values()))
-            median = np.median(values, axis=1)
-            axes.errorbar(list(found), median, [median - values.min(1), values.max(1) - median],
-                          color=color, linestyle=style, marker="o", capsize=3, label=way)
-        delays = sorted({delay for shown, _, delay in results if shown == problem})
-        axes.set(xlabel="delay of true gradients, updates", ylabel="held-out MSE", xscale="log",
-                 yscale="log", xticks=delays, xticklabels=delays, title={
-                     "default": "one layer below the cut: 2-24 | 24-12-1",
-                     "deep": "three layers below the cut: 10-64-64-64 | 64-64-1",
-                     "deep, waves": "three layers below the cut, waves"}[problem])
+            found = {x: values for (r, c, w, x), values in results.items()
+                     if (r, c, w) == (row, column, way)}
+            if list(found) == [0]:  # no delay: a level line
+                found = dict.fromkeys(xs, found[0])
+            values = np.array([found[x] for x in sorted(found)])
+            if len(values):
+                median = np.median(values, axis=1)
+                axes.errorbar(sorted(found), median, [median - values.min(1),
+                              values.max(1) - median], color=color, linestyle=style, marker="o",
+                              markersize=4, capsize=3, label=way)
+        axes.set(xscale="log", yscale="log", xticks=xs, xticklabels=xs)
+        if row == rows[0]:
+            axes.set_title(column, fontsize=10)
+        if row == rows[-1]:
+            axes.set_xlabel(x_label)
+        if column == columns[0]:
+            axes.set_ylabel(f"{row}\nheld-out MSE")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.3g}",
                        minor_formatter="")
         axes.grid(True, alpha=0.25)
         named.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
+
+
+def report(name, results, best, x_name):
+    """A table with a row for each way, and one of what was chosen."""
+    rows = {}
+    for (row, column, way, x), values in results.items():
+        rows.setdefault((row, way, x), {})[column] = cell(values)
+    columns = list(dict.fromkeys(column for _, column, *_ in results))
+    table(name, ("network", "gradients", x_name, *columns, "rate, momentum, warm-up; own"), [
+        (row, way, x or "–", *(cells.get(column, "–") for column in columns),
+         " ".join(map(str, (*best[row, way, x][0], *best[row, way, x][1]))))
+        for (row, way, x), cells in rows.items()])
+
+
+def delays(pool, args):
+    results, chosen = {}, {}
+    for network in args.networks:
+        best = search(pool, network, args.ways)
+        cases = {}
+        for way, function, seed in itertools.product(args.ways, args.functions, range(args.seeds)):
+            for delay in args.delays if WAYS[way][1] else (0,):
+                rates, own = chosen[network, way, delay] = best_of(best, way, delay)
+                cases[network, function, way, delay, seed] = (
+                    network, tuple(WAYS[way][0]), function, delay, rates, seed, own)
+        found = run_all(pool, cases.values())
+        for (*cell_of, _), case in cases.items():
+            results.setdefault(tuple(cell_of), []).append(found[case])
+    report("bench-delay", results, chosen, "updates late")
+    (KEPT / "bench-delay.png").write_bytes(png(
+        draw, results, args.networks, args.functions, "delay of true gradients, updates",
+        size=(10, 3 * len(args.networks) + 0.8), dpi=110))
+    table("bench-delay-persistence", ("function", "network", "true gradient", *(
+        f"{k} updates later" for k in PERSISTENCE)), [
+        row for network in args.networks for function in args.functions
+        for row in persistence(function, network, PERSISTENCE)])
+
+
+def widths(pool, args):
+    """The narrow network, with other widths of its lower layer, at 6 and 50 updates."""
+    network = "one layer of 6"
+    best, results, chosen = search(pool, network, args.ways), {}, {}
+    cases = {}
+    for way, function, seed, width in itertools.product(
+            args.ways, args.functions, range(args.seeds), WIDTHS):
+        for delay in (6, 50) if WAYS[way][1] else (0,):
+            rates, own = best_of(best, way, delay)
+            for late in (6, 50) if delay == 0 else (delay,):
+                row = f"{late} updates late"
+                chosen[row, way, width] = rates, own
+                cases[row, function, way, width, seed] = (
+                    f"--layers 2 {width} 64 64 1", tuple(WAYS[way][0]), function, delay, rates,
+                    seed, own)
+    found = run_all(pool, cases.values())
+    for (*cell_of, _), case in cases.items():
+        results.setdefault(tuple(cell_of), []).append(found[case])
+    report("bench-widths", results, chosen, "width")
+    (KEPT / "bench-widths.png").write_bytes(png(
+        draw, results, ["6 updates late", "50 updates late"], args.functions,
+        "width of the layer below the cut", size=(10, 6.8), dpi=110))
 
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--delays", type=int, nargs="+", default=DELAYS)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    add = parser.add_argument
+    add("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    add("--functions", nargs="+", default=list(FUNCTIONS), choices=FUNCTIONS)
+    add("--delays", type=int, nargs="+", default=DELAYS)
+    add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    add("--widths", action="store_true", help="vary the width of the lower part")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (%(default)s)")
     args = parser.parse_args()
-    cases, results = list(itertools.product(args.problems, args.ways, args.delays)), {}
-    for problem, way, delay in (bar := tqdm(cases, unit="case")):
-        bar.set_postfix_str(f"{problem}, {way}, {delay}")
-        found = {rates: max(learn(problem, way, delay, rates, SEARCH_SEED + n, EPOCHS // 2)
-                            for n in range(2)) for rates in PROBLEMS[problem][-1]}
-        best = min(found, key=found.get)
-        results[problem, way, delay] = best, [
-            learn(problem, way, delay, best, seed, EPOCHS) for seed in range(args.seeds)]
-    shown = {case: f"{cell(values)} at {best}" for case, (best, values) in results.items()}
-    late = [f"{delay} updates late" for delay in args.delays]
-    table("bench-delay", ("network", "gradients", *late), [
-        (problem, way, *(shown[problem, way, delay] for delay in args.delays))
-        for problem in args.problems for way in args.ways])
-    table("bench-delay-persistence", ("network", "true gradient", *(
-        f"{k} updates later" for k in PERSISTENCE)), [
-        row for problem in args.problems for row in persistence(problem, PERSISTENCE)])
-    (KEPT / "bench-delay.png").write_bytes(png(
-        draw, results, args.problems, size=(5 * max(2, len(args.problems)), 4.8), dpi=110))
+    for function, noisy in itertools.product({**FUNCTIONS, **SEARCHED}, (False, True)):
+        data_of(function, noisy)  # before several processes ask for it
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
+        (widths if args.widths else delays)(pool, args)
 
 
 if __name__ == "__main__":
