@@ -108,15 +108,14 @@ class BoundedStaleness:
             if clock - self.known > self.bound:
                 self.too_old(clock, self.known)
             return answer, time.perf_counter() - asked
-        answer, seconds = self.timed(clock, attempt)
+        answer, seconds = self.timed(attempt)
         self.recent.append((clock - self.known, seconds))
         return answer
 
-    def timed(self, clock, attempt):
+    def timed(self, attempt):
         """Wait until attempt() succeeds, and count that wait if it was one."""
         began = time.perf_counter()
-        with trace.span("wait", clock=clock):
-            answer, seconds = self.wait(attempt)
+        answer, seconds = self.wait(attempt)
         waited = time.perf_counter() - began - seconds
         if waited > 0.001:
             self.waits, self.waited = self.waits + 1, self.waited + waited
@@ -200,6 +199,7 @@ class Delayed(Source):
     same (cosine 0.998 at least).
     """
     takes_back = True
+
     def __init__(self, link, part, k, args, rng):
         super().__init__(link, part, k, args, rng)
         self.bound, self.changed = link.bounded.bound, threading.Condition()
@@ -223,7 +223,7 @@ class Delayed(Source):
             self.on_their_way[clock] = time.perf_counter(), tell, inside
         yield from self.take(clock)
         while h is not None and len(self.on_their_way) > self.window:
-            self.link.bounded.timed(clock, lambda: self.something_came(clock))
+            self.link.bounded.timed(lambda: self.something_came(clock))
             yield from self.take(clock)
 
     def take(self, clock):
@@ -238,7 +238,7 @@ class Delayed(Source):
             yield centered(g), tell
 
     def something_came(self, clock):
-        with self.changed:
+        with trace.span("wait", clock=clock), self.changed:
             if not self.changed.wait_for(lambda: self.returned, self.link.above.news_seconds):
                 self.link.bounded.too_old(clock, min(self.on_their_way) - 1)
         return None, 0.0

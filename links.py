@@ -91,6 +91,8 @@ class UpperEnd:
 
     def add(self, i, h, y, clock, start, every=False):
         """In a server's thread: whole minibatches. `every`: none may be skipped."""
+        if every:
+            self.refuse_more()  # before anything of it counts as having come
         for its_start, its_clock, columns in minibatches_of(clock, start, i, h, y, clock, start):
             if not self.replay.is_new(its_start, its_clock):
                 if self.back is not None:  # its gradient may have been lost on the way
@@ -107,11 +109,14 @@ class UpperEnd:
     def ask(self, i, h, y, clock, start, tell):
         """In a server's thread: one minibatch, none of which is skipped. tell(g) gets its
         gradient."""
-        if self.rows["due"] > 2 * THROWN:
-            raise Refused("busy: too many minibatches wait for the training loop", 503)
+        self.refuse_more()
         with self.changed:
             self.queue("due", int(start[0]), Minibatch(i, h, y, int(clock[0]), tell))
             self.replay.add(h, y)
+
+    def refuse_more(self):
+        if self.rows["due"] > 2 * THROWN:
+            raise Refused("busy: too many minibatches wait for the training loop", 503)
 
     def tell(self, clock, *columns):
         trace.flow_out("gradients", clock)

@@ -98,7 +98,7 @@ def command_lines(args, hosts=None):
     oracles = [server[f"oracle{k}"] for k in links]
     asked = links if args.gradients in ("synthetic", "shuffled") else []
     if args.gradients == "delayed":
-        taught = [server[part] for part in parts]
+        taught = [server[part] for part in parts[:-1]]
     else:
         taught = oracles if asked else ["none"] * len(links)
     token = ["--token-file", args.token_file] if args.token_file else []

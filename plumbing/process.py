@@ -71,7 +71,8 @@ def until_answered(call, who, stop, patience):
             if waited > 1 and not said:
                 said = True
                 say(f"waiting for {who} ({error})")
-            time.sleep(pause)
+            with trace.span("wait"):
+                time.sleep(pause)
             pause = min(2 * pause, 0.2)
 
 

@@ -154,24 +154,29 @@ class Proxy:
 
 class Three:
     """The oracle, the output trainer and the input trainer, on three ports, with their logs in
-    `folder`."""
+    `folder`. Without an oracle where these `gradients` need none."""
 
-    def __init__(self, folder, oracle=(), output=(), input=(), session=True):
+    def __init__(self, folder, oracle=(), output=(), input=(), session=True,
+                 gradients="synthetic"):
         self.folder, self.ports, self.session = Path(folder), free_ports(3), session
         self.progress = self.folder / "progress"
         a, b, c = self.ports
         # where the output and the input trainer find them, if they are told to
         self.to_oracle, self.to_output = Proxy(a), Proxy(b)
+        self.taught = gradients in ("synthetic", "shuffled")
+        back = (f"127.0.0.1:{a}" if self.taught else f"127.0.0.1:{c}" if gradients == "delayed"
+                else "none")
         self.commands = {
             "oracle": ["oracle.py", "--port", a, *oracle],
-            "output": ["train_output.py", "--port", b, "--oracle-server", f"127.0.0.1:{a}",
+            "output": ["train_output.py", "--port", b, "--oracle-server", back,
                        "--progress-dir", self.folder / "output_progress", *output],
             "input": ["train_input.py", "--port", c, "--oracle-server", f"127.0.0.1:{a}",
-                      "--output-server", f"127.0.0.1:{b}", "--progress-dir", self.progress, *input]}
+                      "--gradients", gradients, "--output-server", f"127.0.0.1:{b}",
+                      "--progress-dir", self.progress, *input]}
         self.processes = {}
 
     def start(self, *names, extra=()):
-        for name in names or self.commands:
+        for name in names or list(self.commands)[not self.taught:]:
             self.processes[name] = start(*self.commands[name], *extra, session=self.session,
                                          log=self.folder / f"{name}.log")
         return self

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.processes
 WIDTH = 24
 JSON = {"Content-Type": "application/json"}
 FIELDS = {"/estimate_gradients": ("h", "y"),
-          "/provide_gradients": ("i", "h", "y", "clock", "gradients"),
-          "/training_examples": ("i", "h", "y", "clock"), "/true_gradients": ("h", "y")}
+          "/provide_gradients": ("i", "h", "y", "clock", "start", "gradients"),
+          "/training_examples": ("i", "h", "y", "clock", "start"),
+          "/true_gradients": ("i", "h", "y", "clock", "start")}
 
 
 def request(three, name, method, path, body=None, headers=JSON):
@@ -36,7 +37,8 @@ def good(path):
     """A message that would be taken."""
     rng = np.random.default_rng(0)
     arrays = {"i": np.arange(3), "h": rng.random((3, WIDTH), "f"), "y": rng.random((3, 1), "f"),
-              "clock": np.arange(3), "gradients": rng.random((3, WIDTH), "f")}
+              "clock": np.zeros(3, int), "start": np.ones(3, int),
+              "gradients": rng.random((3, WIDTH), "f")}
     return {name: ndarray_to_json(arrays[name]) for name in FIELDS[path]}
 
 
@@ -147,8 +149,8 @@ def test_good_messages_are_taken_after_all_that(servers):
 def test_a_token_is_insisted_on_and_sent(tmp_path, small_data):
     (tmp_path / "token").write_text("s3cret\n")
     shared = ["--token-file", tmp_path / "token"]
-    with Three(tmp_path, output=shared, input=[*small_data, *shared, "--gradients", "true",
-                                               "--num-epochs", 2]) as three:
+    with Three(tmp_path, gradients="true", output=shared,
+               input=[*small_data, *shared, "--num-epochs", 2]) as three:
         three.start("output")
         wait_until(lambda: "answers on" in three.log("output"), "the output trainer")
         for headers, expected in (({}, 401), ({"Authorization": "Bearer wrong"}, 401),

@@ -48,10 +48,9 @@ def test_a_restart_at_any_stage_ends_in_a_finished_run(tmp_path, small_data):
 
 
 def test_the_output_trainer_continues_from_its_own_checkpoint(tmp_path, small_data):
-    with Three(tmp_path, output=["--checkpoint-seconds", 0.2], input=[
-            *small_data, "--num-epochs", 10**6, "--gradients", "delayed"]) as three:
-        three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.port('input')}"]
-        three.start("output", "input")
+    with Three(tmp_path, gradients="delayed", output=["--checkpoint-seconds", 0.2],
+               input=[*small_data, "--num-epochs", 10**6]) as three:
+        three.start()
         wait_until(lambda: three.updates("output") > 500, "some training")
         three.kill("input")
         kept, layers = {}, make_layers([24, 12, 1], np.random.default_rng(0))
@@ -64,7 +63,63 @@ def test_the_output_trainer_continues_from_its_own_checkpoint(tmp_path, small_da
         three.start("output", extra=["--resume"])
         status = wait_until(lambda: three.status("output"), "the output trainer")
         assert status["updates"] == kept["updates"] > 500
-        assert status["loss"] == pytest.approx(kept["loss"])
+        assert status["loss"] == pytest.approx(kept["average"])
+
+
+@pytest.mark.parametrize("batch_size, staleness, on, oracle", [
+    (1, 250, 2300, []), (10, 50, 1000, []), (100, 5, 1000, []), (1, 20, 1000, ["--replay", 50])])
+def test_a_small_bound_never_stops_a_run_not_even_after_kill_9(
+        batch_size, staleness, on, oracle, tmp_path, small_data):
+    """The oracle trains again after exactly as many gradients as this bound lets through. A part
+    that skips minibatches stands still within so many updates."""
+    with Three(tmp_path, oracle=oracle, input=[
+            *small_data, "--num-epochs", 10**6, "--batch-size", batch_size, "--staleness",
+            staleness, "--snapshot-seconds", 0.5]) as three:
+        three.start()
+        wait_until(lambda: three.updates() > on, "training")
+        three.kill("input")
+        three.start("input", extra=["--resume", *["--staleness", 4] * (staleness == 5)])
+        resumed = wait_until(three.updates, "it to resume", timeout=10)
+        wait_until(lambda: three.updates() > resumed + 200, "it to go on", timeout=20)
+        assert "waiting for the " not in three.log("input"), "for more than a second"
+
+
+@pytest.mark.parametrize("gradients", ["zero", "local"])
+def test_a_part_that_needs_nothing_from_above_resumes_alone(gradients, tmp_path, small_data):
+    with Three(tmp_path, gradients=gradients, input=[
+            *small_data, "--num-epochs", 10**6, "--snapshot-seconds", 0.2]) as three:
+        three.start()
+        wait_until(lambda: three.updates() > 100, "training")
+        three.kill("input")
+        three.start("input", extra=["--resume"])
+        resumed = wait_until(three.updates, "it to resume")
+        wait_until(lambda: three.updates() > resumed + 100, "it to go on")
+
+
+def test_the_head_of_a_local_loss_is_resumed_too(tmp_path, small_data):
+    with Three(tmp_path, gradients="local", input=[*small_data, "--num-epochs", 5]) as three:
+        three.start()
+        assert three.wait_for_input(60) == 0, three.log("input")
+        before = dict(np.load(three.progress / "checkpoint.npz"))
+        three.start("input", extra=["--resume"])  # with nothing left to train, it writes it again
+        assert three.wait_for_input(60) == 0, three.log("input")
+        after = np.load(three.progress / "checkpoint.npz")
+        assert before["w2"].shape == (12, 1)
+        assert all((before[name] == after[name]).all() for name in ("w0", "w1", "w2", "b2"))
+
+
+def test_a_resumed_run_on_an_output_trainer_as_drawn_is_refused_in_one_line(tmp_path, small_data):
+    with Three(tmp_path, gradients="local", input=[
+            *small_data, "--num-epochs", 10**6, "--snapshot-seconds", 0.2]) as three:
+        three.start()
+        wait_until(lambda: len(three.metrics("updates")) > 1, "a checkpoint")
+        three.kill("input")
+        three.kill("output")
+        three.start("output")
+        log = tmp_path / "again"
+        assert start(*three.commands["input"], "--resume", log=log).wait(60) == 2
+        line = log.read_text().splitlines()[-1]
+        assert "is as drawn, but had made" in line and line.endswith("with --resume, too")
 
 
 def test_a_new_run_on_used_partners_is_refused_and_says_what_to_restart(tmp_path, small_data):

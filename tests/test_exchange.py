@@ -322,7 +322,7 @@ def test_an_oracle_trains_again_after_exactly_as_many_examples_as_it_says(cheap)
 
 
 @pytest.mark.parametrize("examples, options", [
-    (3000, ["--batch-size", 1, "--staleness", 250, "--num-epochs", 1]),
+    (1500, ["--batch-size", 1, "--staleness", 250, "--num-epochs", 1]),
     (300, ["--batch-size", 1, "--staleness", 20, "--oracle-replay", 50]),
     (19, ["--batch-size", 10, "--staleness", 10, "--oracle-replay", 1.06, "--num-epochs", 100]),
     (19, ["--batch-size", 10, "--staleness", 10, "--num-epochs", 100, "--delay", 10_000])])

@@ -1,74 +1,81 @@
-"""The whole algorithm in one process: what it equals, what depends on what, and in which order
-things happen."""
-import itertools
+"""The whole algorithm in one process: what it equals, what depends on what, in which order things
+happen, and what it does without."""
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 import oracle
+import train_input
 import train_output
 from examples import in_process
+from exchange import SOURCES
 from plumbing import data
+from plumbing.errors import UserError
 from sgd import (
     HIDDEN,
     backprop,
     descend,
     feed_forward,
-    loss_gradient,
     make_layers,
     minibatches,
     schedule,
+    task_of,
     train,
 )
+from tests.processes import ROOT
 
 
 class Silent:
-    """An oracle that learns nothing, and needs no TensorFlow."""
+    """An oracle's model that learns nothing, and needs no TensorFlow."""
 
-    def __init__(self, dims, *_):
+    def __init__(self, dims, learning_rate, batch_size, seed):
         self.width = dims[-1]
 
-    def guess(self, h):
-        return np.zeros((len(h), self.width), np.float32), None
-
-    def train(self, h, g, clock, ages):
-        pass
+    def train(self, h, g):
+        return 1.0, lambda h: np.zeros((len(h), self.width), np.float32)
 
 
 class Linear(Silent):
-    """An oracle that fits ĝ = [h, 1] W by ridge regression, and needs no TensorFlow."""
-    learned, w = None, None
+    """One that fits ĝ = [h, 1] W by ridge regression."""
 
-    def guess(self, h):
-        if self.w is None:
-            return super().guess(h)
-        return np.column_stack([h, np.ones(len(h))]).astype("f") @ self.w, self.learned
-
-    def train(self, h, g, clock, ages):
+    def train(self, h, g):
         inputs = np.column_stack([h, np.ones(len(h))])
-        ridge = inputs.T @ inputs + np.eye(inputs.shape[1])
-        self.w = np.linalg.solve(ridge, inputs.T @ g).astype("f")
-        self.learned = int(clock[ages == ages.min()].max())
+        w = np.linalg.solve(inputs.T @ inputs + np.eye(inputs.shape[1]), inputs.T @ g).astype("f")
+        return 1.0, lambda h: np.column_stack([h, np.ones(len(h))]).astype("f") @ w
 
 
 @pytest.fixture
 def silent(monkeypatch):
-    monkeypatch.setattr(oracle, "Oracle", Silent)
+    monkeypatch.setattr(oracle, "Model", Silent)
 
 
 @pytest.fixture
 def linear(monkeypatch):
-    monkeypatch.setattr(oracle, "Oracle", Linear)
+    monkeypatch.setattr(oracle, "Model", Linear)
 
 
 def parse(*options):
-    return in_process.make_parser().parse_args(["x.npy", "y.npy", *map(str, options)])
+    return train_input.with_rates(in_process.make_parser().parse_args(
+        ["x.npy", "y.npy", *map(str, options)]))
+
+
+def run(loaded, *options):
+    """The scores, the layers of all parts after the run, and the cuts, the lowest first."""
+    epochs = list(in_process.run(parse(*options), loaded))
+    _, _, layers, cut = epochs[-1]
+    cuts = []
+    while cut:
+        cuts.append(cut)
+        cut = cut.higher
+    return [score for _, score, *_ in epochs], layers, cuts
 
 
 def trained(loaded, *options):
     """The layers of all parts after the run."""
-    *_, (_, _, layers, _) = in_process.run(parse(*options), loaded)
-    return layers
+    return run(loaded, *options)[1]
 
 
 def same(layers, others, atol=0.0):
@@ -91,8 +98,7 @@ RATES = ["--learning-rate", 0.5, "--output-rate", 0.5, "--decay", 700, "--warm-u
 
 @pytest.mark.parametrize("dims, cuts", [([2, 24, 12, 1], [1]), ([2, 24, 12, 1], [2]),
                                         ([2, 24, 12, 1], [1, 2]), ([2, 9, 8, 7, 6, 1], [1, 2, 4])])
-def test_with_true_gradients_it_equals_backprop_and_descent(
-        dims, cuts, loaded, silent, monkeypatch):
+def test_with_true_gradients_it_equals_backprop_and_descent(dims, cuts, loaded, monkeypatch):
     """Through a chain of parts, too; with momentum, warm-up and decay."""
     rate = schedule(0.5, decay=700, warm_up=9)
     monkeypatch.setattr(in_process, "schedule", lambda *_: rate)  # the highest part's, too
@@ -105,88 +111,50 @@ def test_with_true_gradients_it_equals_backprop_and_descent(
     assert differ(layers, make_layers(dims, np.random.default_rng([0, 1])))
 
 
-def test_each_side_of_a_cut_has_its_own_rate_and_both_decay(loaded, silent, monkeypatch):
+@pytest.mark.parametrize("gradients", ["true", "delayed"])
+def test_each_side_of_a_cut_has_its_own_rate_and_both_decay(gradients, loaded, monkeypatch):
+    """With --delay 0, a delayed gradient is the true one, centered, in the same update."""
     monkeypatch.setitem(train_output.DEFAULTS, "decay", 50)
-    layers = trained(loaded, "--gradients", "true", *RATES, "--output-rate", 0.2)
+    layers = trained(loaded, "--gradients", gradients, "--delay", 0, *RATES, "--output-rate", 0.2)
     below, above = schedule(0.5, 700, 9), schedule(0.2, 50)
     expected = make_layers([2, 24, 12, 1], np.random.default_rng([0, 1]))
     for clock, i in enumerate(minibatches(len(loaded.x), 100, 2, seed=0)):
         y_hat = feed_forward(expected, loaded.x[i])
-        backprop(expected, loss_gradient(y_hat, loaded.y[i]))
+        g = backprop(expected[1:], task_of(1).loss_gradient(y_hat, loaded.y[i]))
+        backprop(expected[:1], g if gradients == "true" else g - g.mean(axis=0))
         descend(expected[:1], below(clock), 0.9)
         descend(expected[1:], above(clock), 0.9)
     assert same(layers, expected, atol=1e-6)
 
 
-def test_with_delayed_gradients_and_no_delay_layer_1_takes_each_step_one_update_later(
-        loaded, silent):
-    """A gradient comes back after the update of its clock, so the next update applies it, to the
-    weights as they were: w(n + 1) = w(n) − rate(n) · dL/dw of minibatch n − 1."""
-    layers = trained(loaded, "--gradients", "delayed", "--delay", 0, *RATES)
-    below, above = schedule(0.5, 700, 9), schedule(0.5, train_output.DEFAULTS["decay"])
-    expected = make_layers([2, 24, 12, 1], np.random.default_rng([0, 1]))
-    layer = expected[0]
-    step = np.zeros_like(layer.w), np.zeros_like(layer.b)
-    for clock, i in enumerate(minibatches(len(loaded.x), 100, 2, seed=0)):
-        y_hat = feed_forward(expected, loaded.x[i])
-        g = backprop(expected[1:], loss_gradient(y_hat, loaded.y[i]))
-        backprop(expected[:1], g - g.mean(axis=0))
-        fresh = layer.dL_dw, layer.dL_db
-        layer.dL_dw, layer.dL_db = step
-        descend(expected[:1], below(clock), 0.9)
-        descend(expected[1:], above(clock), 0.9)
-        step = fresh
-    assert same(layers, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("delay", [1, 5])
-def test_delayed_gradients_are_applied_once_each_in_their_order_delay_updates_later(
-        delay, loaded, silent, monkeypatch):
-    applied = []
-    add = in_process.train_input.Delayed.answer
-
-    def answer(self, i, h, y, clock):
-        g, learned = add(self, i, h, y, clock)
-        applied.append((clock, learned, bool(g.any())))
-        return g, learned
-    monkeypatch.setattr(in_process.train_input.Delayed, "answer", answer)
-    trained(loaded, "--gradients", "delayed", "--delay", delay, "--num-epochs", 1, "--replay", 0)
-    for clock, learned, any_gradient in applied:
-        assert learned == (clock - delay if clock >= delay else None)
-        assert any_gradient == (clock >= delay)
-
-
-@pytest.mark.parametrize("gradients", in_process.train_input.GRADIENTS)
+@pytest.mark.parametrize("gradients", SOURCES)
 def test_the_same_options_give_the_same_bits_and_another_seed_does_not(gradients, loaded, linear):
-    options = ["--gradients", gradients, "--num-epochs", 1]
+    options = ["--gradients", gradients, "--num-epochs", 1, "--cuts", 1, 2]
     once = trained(loaded, *options)
     assert same(once, trained(loaded, *options))
     assert differ(once, trained(loaded, *options, "--seed", 1))
 
 
-def test_nothing_that_the_oracle_does_changes_a_trainers_weights(loaded, linear, silent):
-    """With zero gradients the run is the same, whatever oracle is trained beside it."""
-    reached = []
-    for kind in (Silent, Linear):
-        oracle.Oracle = kind  # the fixtures put the real one back
-        reached.append(trained(loaded, "--gradients", "zero", "--num-epochs", 2))
-    assert same(*reached)
-
-
-def test_zero_leaves_the_lowest_part_as_drawn_and_shuffled_permutes_the_guesses(loaded, linear):
+def test_nothing_that_the_oracle_does_changes_the_parts_above(loaded, monkeypatch):
+    """Along zero guesses the lowest part stays as drawn, and the run is the one with zero
+    gradients."""
+    monkeypatch.setattr(oracle, "Model", Silent)
+    synthetic, zero = (trained(loaded, "--gradients", gradients, "--num-epochs", 2)
+                       for gradients in ("synthetic", "zero"))
+    assert same(synthetic, zero)
     start = make_layers([2, 24, 12, 1], np.random.default_rng([0, 1]))
-    synthetic, zero, shuffled = (
-        trained(loaded, "--gradients", gradients, "--num-epochs", 1)
-        for gradients in ("synthetic", "zero", "shuffled"))
-    assert same(zero[:1], start[:1])
-    assert differ(synthetic[:1], start[:1]) and differ(shuffled[:1], synthetic[:1])
+    assert same(zero[:1], start[:1]) and differ(zero[1:], start[1:])
+
+
+def test_shuffled_gradients_differ_from_guesses(loaded, linear):
+    guesses, shuffled, zero = (
+        trained(loaded, "--gradients", gradients, "--num-epochs", 1, "--warm-up", 0)
+        for gradients in ("synthetic", "shuffled", "zero"))
+    assert differ(guesses[:1], zero[:1]) and differ(shuffled[:1], zero[:1])
+    assert differ(shuffled[:1], guesses[:1])
 
 
 # ---- what is learned ----
-
-
-def scores(loaded, *options):
-    return [score for _, score, *_ in in_process.run(parse(*options), loaded)]
 
 
 @pytest.fixture(scope="session")
@@ -203,154 +171,165 @@ def deep_data(tmp_path_factory):
 def test_guesses_beat_zero_gradients_where_the_lower_part_must_learn(deep_data, linear):
     options = ["--layers", 6, 32, 32, 16, 1, "--cuts", 2, "--condition-on-labels", "--warm-up",
                100, "--learning-rate", 8, "--num-epochs", 2, "--delay", 3]
-    reached = {gradients: scores(deep_data, *options, "--gradients", gradients)[-1]
+    reached = {gradients: run(deep_data, *options, "--gradients", gradients)[0][-1]
                for gradients in ("synthetic", "zero")}
     assert reached["synthetic"] < 0.93 * reached["zero"], reached  # shuffled ones reach 1.11
 
 
-def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_learn(
-        noisy_data, silent):
+def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_learn(noisy_data):
     """test_training.py shows that guesses do better."""
     problem = data.load(*noisy_data)
-    reached = scores(problem, "--layers", 10, 8, 64, 1, "--gradients", "zero", "--num-epochs", 2)
-    assert min(reached) > 0.95 * problem.constant_guess
+    reached, *_ = run(problem, "--layers", 10, 8, 64, 1, "--gradients", "zero", "--num-epochs", 2)
+    assert min(reached) > 0.95 * data.constant_guess(problem, task_of)
+
+
+@pytest.mark.parametrize("kind, dims, options", [
+    ("noisy_data", [10, 8, 32, 1], ["--num-epochs", 1]),
+    ("small_digits", [784, 8, 8, 10], ["--num-epochs", 4, "--batch-size", 50, "--learning-rate",
+                                       0.1])])
+def test_local_gradients_teach_every_lower_part_of_a_chain(kind, dims, options, request):
+    """Numbers, and classes."""
+    problem = data.load(*request.getfixturevalue(kind))
+    (local, layers, _), (zero, untaught, _) = (
+        run(problem, "--layers", *dims, "--cuts", 1, 2, *options, "--gradients", gradients)
+        for gradients in ("local", "zero"))
+    assert min(local) < 0.7 * min(zero)
+    assert all(differ([mine], [drawn]) for mine, drawn in zip(layers, untaught, strict=True))
 
 
 # ---- in which order things happen ----
 
 
-class Record(list):
-    """What was sent when: ("throw", link, clock, …), in the order in which it happened."""
-
-    def index_of(self, *event):
-        return next(n for n, each in enumerate(self) if each[:len(event)] == event)
-
-    def count_of(self, *event):
-        return sum(each[:len(event)] == event for each in self)
-
-
 @pytest.fixture
 def record(monkeypatch):
-    """Every message and update of the next runs, through wrappers around Link's methods."""
-    record, links = Record(), itertools.count()
+    """What the next runs do, [(what, cut, clock, more), ...], in its order. Cut 0 is the highest.
 
-    class Recording(in_process.Link):
+    throw: up; tell: the gradient down; deliver: that arrives; guess: an answer, and the newest
+    clock that it was learned from; apply: a gradient that came back, and how late.
+    """
+    record, names, original = [], {}, in_process.Cut
+
+    def note(cut, what, clock, more=None):
+        record.append((what, names[cut], int(clock), more))
+
+    class Recording(original):
         def __init__(self, *args):
-            self.name = next(links)
+            names[self] = len(names)
             super().__init__(*args)
-            descend, add, late = self.part.descend, self.examples.add, self.delayed.add
+            if self.oracle:
+                add, guess, throw_down = self.oracle.add, self.guess, self.late.throw
 
-            def recorded_descend(*rate):
-                descend(*rate)
-                record.append(("update above", self.name, self.part.updates))
+                def recorded_add(start, clock, *rest):
+                    note(self, "deliver", clock)
+                    add(start, clock, *rest)
 
-            def recorded_add(h, g, clock):
-                record.append(("deliver", self.name, int(clock[0])))
-                add(h, g, clock)
+                def recorded_guess(h, y):
+                    answer, newest = guess(h, y)
+                    note(self, "guess", self.part.clock, newest and newest[1])
+                    return answer, newest
 
-            def recorded_late(i, h, y, clock, g):
-                record.append(("deliver", self.name, int(clock[0])))
-                late(i, h, y, clock, g)
-            self.part.descend, self.examples.add = recorded_descend, recorded_add
-            self.delayed.add = recorded_late
+                def recorded_tell(*columns):
+                    note(self, "tell", columns[3][0])
+                    throw_down(*columns)
+                self.oracle.add, self.guess = recorded_add, recorded_guess
+                self.late.throw = recorded_tell
 
-        def throw(self, i, h, y, clock):
-            record.append(("throw", self.name, clock))
-            super().throw(i, h, y, clock)
-
-        def ask(self, i, h, y, clock):
-            g, learned = super().ask(i, h, y, clock)
-            record.append(("ask", self.name, clock, learned))
-            return g, learned
-
-        def tell(self, i, h, y, clock, g):
-            record.append(("tell", self.name, int(clock[0]), self.part.updates))
-            super().tell(i, h, y, clock, g)
-    monkeypatch.setattr(in_process, "Link", Recording)
+        def throw(self, *columns):
+            note(self, "throw", columns[3][0])
+            super().throw(*columns)
+    monkeypatch.setattr(in_process, "Cut", Recording)
     return record
 
 
-def test_every_message_follows_from_what_happened_before_it(record, loaded, linear):
-    trained(loaded, "--num-epochs", 2, "--replay", 0, "--delay", 6)
-    clocks = range(2 * 38)
-    for clock in clocks:
-        throw, ask = (record.index_of(what, 0, clock) for what in ("throw", "ask"))
-        update, tell = record.index_of("update above", 0, clock + 1), record.index_of(
-            "tell", 0, clock)
-        assert throw < ask < update < tell, "activations are thrown before the guess is asked for"
-        assert record[tell][3] == clock + 1, "a gradient is told after the update with it"
-        for what in ("throw", "tell"):
-            assert record.count_of(what, 0, clock) == 1
-    delivered = [event[2] for event in record if event[0] == "deliver"]
-    assert delivered == list(clocks)[:-5]
-    for clock in delivered:
-        deliver = record.index_of("deliver", 0, clock)
-        assert record.index_of("tell", 0, clock) < deliver
-        assert record.index_of("ask", 0, clock + 5) < deliver
-        assert deliver < (record.index_of("ask", 0, clock + 6) if clock < 70 else len(record))
+def events(record, *kind):
+    return [(clock, more) for *which, clock, more in record if which == list(kind)]
 
 
-@pytest.mark.parametrize("cuts", [[1], [1, 2]])
-def test_learned_is_never_newer_than_what_was_delivered(cuts, record, loaded, linear):
-    trained(loaded, "--num-epochs", 1, "--cuts", *cuts)
-    newest, answers = {}, []
-    for what, link, clock, *learned in record:
-        if what == "deliver":
-            newest[link] = max(clock, newest.get(link, -1))
-        if what == "ask" and learned[0] is not None:
-            assert learned[0] <= newest[link] < clock
-            answers.append(learned[0])
-    assert len(answers) > 20
-
-
-def test_in_a_chain_a_middle_part_throws_asks_updates_and_tells_in_this_order(
-        record, loaded, linear):
-    trained(loaded, "--num-epochs", 1, "--cuts", 1, 2)
+@pytest.mark.parametrize("delay", [0, 1, 6])
+def test_every_message_follows_from_what_happened_before_it(delay, record, loaded, linear):
+    """A gradient arrives `delay` updates after its minibatch was thrown, and is known to the next
+    guess."""
+    trained(loaded, "--num-epochs", 1, "--replay", 0, "--delay", delay, "--oracle-replay", 10)
+    expected = []
     for clock in range(38):
-        order = [record.index_of("throw", 0, clock), record.index_of("throw", 1, clock),
-                 record.index_of("ask", 1, clock), record.index_of("update above", 0, clock + 1),
-                 record.index_of("tell", 0, clock)]
-        assert order == sorted(order)
-    assert record.count_of("throw", 1) == 38, "replayed activations are not thrown upwards"
+        expected += [("throw", 0, clock, None), ("tell", 0, clock, None)]
+        arrived = clock - delay if clock >= delay else None
+        if arrived is not None:
+            expected.append(("deliver", 0, arrived, None))
+        expected.append(("guess", 0, clock, arrived))
+    assert record == expected
+
+
+def test_in_a_chain_every_cut_has_the_same_delay_and_a_part_tells_after_its_guess(
+        record, loaded, linear):
+    trained(loaded, "--num-epochs", 1, "--cuts", 1, 2, "--delay", 4, "--oracle-replay", 10)
+    for cut in (0, 1):
+        guesses = events(record, "guess", cut)
+        assert guesses == [(clock, clock - 4 if clock >= 4 else None) for clock in range(38)]
+    assert [event[:3] for event in record if event[0] != "deliver" and event[2] == 20] == [
+        ("throw", 1, 20), ("throw", 0, 20), ("tell", 0, 20), ("guess", 0, 20), ("tell", 1, 20),
+        ("guess", 1, 20)]
+
+
+def ages(cuts):
+    """How late the gradients were that each cut's lower part applied, the highest cut first."""
+    return [[age for age, _ in cut.link.bounded.recent] for cut in reversed(cuts)]
+
+
+@pytest.mark.parametrize("delay", [0, 1, 5])
+def test_delayed_gradients_are_as_late_as_the_delays_of_all_cuts_above(delay, loaded):
+    *_, cuts = run(loaded, "--gradients", "delayed", "--delay", delay, "--num-epochs", 1,
+                   "--layers", 2, 9, 8, 7, 1, "--cuts", 1, 2, 3)
+    assert ages(cuts) == [[n * delay] * (38 - n * delay) for n in (1, 2, 3)]
 
 
 def test_gradients_at_replayed_activations_are_not_told(record, loaded, linear):
-    trained(loaded, "--num-epochs", 1, "--replay", 8)
-    assert record.count_of("update above", 0) > 5 * 38
-    assert record.count_of("tell", 0) == 38
+    *_, cuts = run(loaded, "--num-epochs", 1, "--replay", 8)
+    assert cuts[0].above.replay.drawn > 5 * 3800
+    assert len(events(record, "tell", 0)) == 38
 
 
-def test_nobody_is_told_or_asked_anything_but_true_gradients_when_these_are_wanted(
-        record, loaded, linear):
-    trained(loaded, "--num-epochs", 1, "--gradients", "true", "--replay", 0)
-    assert record.count_of("ask", 0) == record.count_of("tell", 0) == 0
-    assert record.count_of("update above", 0) == 38
+def test_with_true_gradients_nothing_is_thrown_and_the_part_above_makes_one_update_each(
+        record, loaded):
+    *_, cuts = run(loaded, "--num-epochs", 1, "--gradients", "true", "--replay", 0)
+    assert record == [] and cuts[0].above.replay.received == 3800
 
 
 @pytest.mark.parametrize("gradients", ["synthetic", "delayed"])
-def test_within_the_bound_nothing_is_waited_for_and_beyond_it_layer_1_waits(
+def test_within_the_bound_nothing_is_waited_for_and_beyond_it_the_part_waits(
         gradients, loaded, linear):
-    for bound, waits in ((20, False), (3, True)):
-        *_, (_, _, _, links) = in_process.run(parse(
-            "--gradients", gradients, "--num-epochs", 2, "--delay", 12, "--staleness", bound),
-            loaded)
-        stalenesses = [staleness for staleness, _ in links[0].bounded.recent]
-        assert max(stalenesses) <= bound
-        assert (max(stalenesses) > 10) != waits
+    for bound, late in ((20, True), (3, False)):
+        *_, (cut,) = run(loaded, "--gradients", gradients, "--num-epochs", 2, "--delay", 12,
+                         "--staleness", bound)
+        assert max(ages([cut])[0]) <= bound
+        assert (max(ages([cut])[0]) > 10) == late
+
+
+def test_a_staleness_of_one_works_where_one_minibatch_teaches_the_oracle(loaded, linear):
+    *_, (cut,) = run(loaded, "--staleness", 1, "--batch-size", 300, "--oracle-replay", 20,
+                     "--num-epochs", 1)
+    assert set(ages([cut])[0]) == {0, 1}
+
+
+@pytest.mark.parametrize("options", [["--batch-size", 100], ["--batch-size", 300]])
+def test_a_staleness_with_which_the_oracle_would_starve_is_refused(options, loaded, linear):
+    with pytest.raises(UserError, match="needs .* new gradients .* but only .* come before"):
+        run(loaded, "--staleness", 1, "--num-epochs", 1, *options)
 
 
 def test_the_cut_parts_are_the_whole_networks_layers(loaded, silent):
-    *_, (_, _, layers, links) = in_process.run(
-        parse("--layers", 2, 9, 8, 7, 1, "--cuts", 1, 3, "--num-epochs", 1), loaded)
-    assert [[len(layer.b) for layer in link.part.layers] for link in links] == [[8, 7], [1]]
-    assert [link.part.layers[0] for link in links] == [layers[1], layers[3]]
+    _, layers, cuts = run(loaded, "--layers", 2, 9, 8, 7, 1, "--cuts", 1, 3, "--num-epochs", 1)
+    assert [cut.part.layers for cut in cuts] == [layers[:1], layers[1:3]]
     assert all(layer.activation is HIDDEN for layer in layers[:-1])
+
+
+# ---- the command ----
 
 
 @pytest.mark.parametrize(("bad", "expected"), [
     *((f"--cuts {cuts}", "--cuts must rise from 1 to 2 at most")
       for cuts in ("0", "3", "2 1", "1 1")),
-    ("--batch-size 1000", "--oracle-replay must be at least 5"), ("--delay -1", "at least 0")])
+    ("--batch-size 1000", "must be at least 10 times"), ("--delay -1", "at least 0")])
 def test_what_cannot_work_is_one_line(bad, expected, small_data, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["in_process.py", *map(str, small_data), *bad.split()])
     with pytest.raises(SystemExit) as ended:
@@ -358,7 +337,7 @@ def test_what_cannot_work_is_one_line(bad, expected, small_data, monkeypatch, ca
     assert ended.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_where_no_oracle_is_asked_it_need_not_train(loaded, silent):
+def test_where_no_oracle_is_asked_it_need_not_train(loaded):
     trained(loaded, "--gradients", "delayed", "--batch-size", 1000, "--num-epochs", 1)
 
 
@@ -367,3 +346,37 @@ def test_the_command_prints_a_line_per_epoch(small_data, silent, monkeypatch, ca
     in_process.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" updates")[0].strip() for line in lines[1:]] == ["38", "76"]
+
+
+CHECK = """
+import json, runpy, sys, threading
+started, start = [], threading.Thread.start
+def noted(thread):
+    started.append(type(thread).__name__)
+    start(thread)
+threading.Thread.start = noted
+script, kinds, *words = sys.argv[1:]
+for kind in kinds.split():
+    sys.argv = [script, *words, "--gradients", kind]
+    runpy.run_path(script, run_name="__main__")
+print(json.dumps([started, [name for name in ("flask", "requests", "waitress", "tensorflow")
+                            if name in sys.modules]]))
+"""
+
+
+def started_and_imported(small_data, kinds):
+    """The kinds of threads that examples/in_process.py started, and which packages it imported."""
+    done = subprocess.run([sys.executable, "-c", CHECK, ROOT / "examples" / "in_process.py", kinds,
+                           *small_data, "--num-epochs", "1", "--cuts", "1", "2"],
+                          capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_without_an_oracle_it_needs_neither_http_nor_tensorflow_nor_threads(small_data):
+    started, imported = started_and_imported(small_data, "true delayed local zero")
+    assert set(started) <= {"TMonitor"} and imported == []  # tqdm's
+
+
+@pytest.mark.processes
+def test_with_an_oracle_it_needs_tensorflow_but_no_http(small_data):
+    assert started_and_imported(small_data, "synthetic")[1] == ["tensorflow"]

@@ -3,6 +3,7 @@ stopping. In one process."""
 import argparse
 import base64
 import errno
+import getpass
 import http.client
 import json
 import os
@@ -13,7 +14,6 @@ import sys
 import threading
 from functools import partial
 
-import flask
 import numpy as np
 import pytest
 
@@ -26,7 +26,8 @@ JSON = {"Content-Type": "application/json"}
 
 
 def args(**changed):
-    return argparse.Namespace(**{"host": "127.0.0.1", "port": 0, "token": None, **changed})
+    return argparse.Namespace(**{"host": "127.0.0.1", "port": 0, "token": None, "trace": None,
+                                 "allow_host": [], **changed})
 
 
 def make_app(**changed):
@@ -42,7 +43,7 @@ def make_app(**changed):
             raise NoAnswer("the part above is gone")
         if h[0, 0] == 3:
             raise RuntimeError("a bug")
-        return serving.as_json(encode(flask.g.values, h=h))
+        return serving.as_json(encode(serving.wants_values(), h=h))
     return app
 
 
@@ -284,8 +285,8 @@ def test_whoever_spells_out_arrays_gets_them_spelled_out():
 
 def test_status_says_who_it_is_and_what_is_not_a_number_is_null():
     status = make_app().test_client().get("/status").json
-    assert status == {"process": "test", "pid": os.getpid(), "ids": [serving.ID], "layers": [3],
-                      "updates": 0, "loss": None}
+    assert status == {"process": "test", "pid": os.getpid(), "user": getpass.getuser(),
+                      "ids": [serving.ID], "layers": [3], "updates": 0, "loss": None}
 
 
 # ---- waiting and stopping ----
@@ -395,10 +396,11 @@ def test_a_line_for_a_terminal_that_has_gone_is_lost_and_no_error(monkeypatch):
 
 
 def test_a_line_now_and_then_only_if_there_were_updates(monkeypatch, capsys, clock):
-    reporter = process.Reporter()
+    updates = 0
+    reporter = process.Reporter(lambda: f"{updates} updates")
     for now, updates in ((1, 5), (31, 5), (40, 9), (62, 9), (93, 9)):
         clock.now = now
-        reporter.now_and_then(updates, lambda updates=updates: f"{updates} updates")
+        reporter.now_and_then(updates)
     assert capsys.readouterr().err.splitlines() == ["5 updates", "9 updates"]
 
 

@@ -20,25 +20,96 @@ from sgd import (
     descend,
     feed_forward,
     layers_from_weights,
-    loss,
-    loss_gradient,
     make_layers,
     minibatches,
     schedule,
+    task_of,
     train,
 )
 from sgd import test_score as score
 from tests.processes import ROOT
+from tests.test_in_process import same, trained
+
+
+def loss_gradient(y_hat, y):
+    return task_of(y.shape[1]).loss_gradient(y_hat, y)
 
 
 def mean_loss(layers, x, y):
-    return float(loss(feed_forward(layers, x), y).mean())
+    return float(task_of(y.shape[1]).loss(feed_forward(layers, x), y).mean())
 
 
-@pytest.fixture(params=[1, 4], ids=["a number, squared error", "four classes, cross-entropy"])
+# ---- what a reader adds: a loss and an activation ----
+
+
+class Huber(sgd.MeanSquare):
+    """L = ½ e² where |e| < ½, else ½ (|e| − ¼), of e = ŷ − y."""
+    score, label = "test_huber", "held-out Huber loss"
+
+    @staticmethod
+    def loss(y_hat, y):
+        e = np.abs(y_hat - y)[:, 0]
+        return np.where(e < 0.5, 0.5 * e**2, 0.5 * (e - 0.25))
+
+    @staticmethod
+    def loss_gradient(y_hat, y):
+        return np.clip(y_hat - y, -0.5, 0.5)
+
+    @staticmethod
+    def test(y_hat, y):
+        return float(Huber.loss(y_hat, y).mean())
+
+
+class ReLU:
+    gain, mean = np.sqrt(2), 0
+
+    @staticmethod
+    def activate(z):
+        return np.maximum(z, 0)
+
+    @staticmethod
+    def backprop(h, g):
+        return g * (h > 0)
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """A loss and an activation that sgd.py does not have, in the places where it looks for them."""
+    monkeypatch.setattr(sgd, "NUMBER", Huber)
+    monkeypatch.setattr(sgd, "HIDDEN", ReLU)
+
+
+def test_a_network_with_a_loss_and_an_activation_from_outside_is_trained(
+        added, tmp_path, small_data, monkeypatch):
+    run_sgd(monkeypatch, *small_data, "--num-epochs", 8, "--learning-rate", 0.3, "--batch-size", 4,
+            "--progress-dir", tmp_path / "run")
+    reached = runs.read_metrics(tmp_path / "run")["test_huber"]
+    assert reached[-1] < 0.25 * runs.read_json(tmp_path / "run" / "run.json")["constant_guess"]
+
+
+def test_they_are_trained_in_parts_too(added, loaded):
+    """By examples/in_process.py, whose true gradients are those of the whole network."""
+    layers = trained(
+        loaded, "--gradients", "true", "--cuts", 1, 2, "--replay", 0, "--num-epochs", 2, "--decay",
+        200_000, "--learning-rate", 0.1, "--output-rate", 0.1, "--momentum", 0,
+        "--output-momentum", 0)
+    expected = make_layers([2, 24, 12, 1], np.random.default_rng([0, 1]))
+    before = score(expected, loaded.x_test, loaded.y_test)
+    order = minibatches(len(loaded.x), 100, 2, seed=0)
+    for _ in train(expected, loaded.x, loaded.y, order, schedule(0.1, 200_000), 0.0):
+        pass
+    assert same(layers, expected, atol=1e-6)
+    assert score(layers, loaded.x_test, loaded.y_test) < 0.7 * before
+    assert [layer.activation for layer in layers] == [ReLU, ReLU, Linear]
+
+
+@pytest.fixture(params=["a number, squared error", "four classes, cross-entropy",
+                        "a number, Huber's loss, ReLUs"])
 def network(request):
     """A small network in float64, so that finite differences are exact enough, a batch of 7."""
-    rng, k = np.random.default_rng(1), request.param
+    rng, k = np.random.default_rng(1), 4 if "four" in request.param else 1
+    if "Huber" in request.param:
+        request.getfixturevalue("added")
     layers = make_layers([2, 5, 3, k], rng)
     for layer in layers:
         layer.w, layer.b = layer.w.astype(float), rng.normal(size=layer.b.shape)
@@ -211,14 +282,14 @@ def test_sgd_learns_and_writes_metrics_and_snapshots(tmp_path, small_data, monke
     assert runs.read_json(tmp_path / "run" / "run.json")["ended"] == "finished"
 
 
-def test_sgd_is_its_own_loop_with_a_rate_that_decays_every_epoch(tmp_path, small_data, monkeypatch):
-    run_sgd(monkeypatch, *small_data, "--num-epochs", 3, "--learning-rate", 0.5, "--decay", 0.25,
+def test_sgd_is_its_own_loop_with_a_rate_that_decays(tmp_path, small_data, monkeypatch):
+    run_sgd(monkeypatch, *small_data, "--num-epochs", 3, "--learning-rate", 0.5, "--decay", 40,
             "--batch-size", 100, "--momentum", 0.5, "--seed", 7, "--progress-dir", tmp_path / "run")
     loaded = data.load(*small_data)
     layers = make_layers([2, 24, 12, 1], np.random.default_rng([7, 1]))
     for n, i in enumerate(minibatches(len(loaded.x), 100, 3, seed=7)):
         backprop(layers, loss_gradient(feed_forward(layers, loaded.x[i]), loaded.y[i]))
-        descend(layers, 0.5 * 0.25 ** (n // 38), 0.5)
+        descend(layers, 0.5 / (1 + n / 40), 0.5)
     weights, *_ = runs.read_snapshot(runs.snapshots(tmp_path / "run")[-1])
     for layer, (w, b) in zip(layers, weights, strict=True):
         np.testing.assert_array_equal(layer.w, w)
@@ -260,10 +331,10 @@ def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"x has 3 columns: --layers {cure}$"):
             data.check_columns(data.Data(wide, y[:, None], wide, y[:, None]), layers)
     with pytest.raises(ValueError, match="ends with 10, but y holds numbers: .* with 1"):
-        data.check_targets(data.Data(x, y[:, None], x, y[:, None]), 10, "--layers")
+        data.check_targets(data.Data(x, y[:, None], x, y[:, None]), 10, "--layers", "numbers")
     classes = np.eye(5, dtype="f")[np.arange(50) % 5]
-    with pytest.raises(ValueError, match="ends with 4, but y holds labels of 5 classes"):
-        data.check_targets(data.Data(x, classes, x, classes), 4, "--layers")
+    with pytest.raises(ValueError, match="ends with 4, but y holds class labels: .* with 5"):
+        data.check_targets(data.Data(x, classes, x, classes), 4, "--layers", "class labels")
 
 
 def test_sgd_with_a_full_disk_ends_with_one_line(tmp_path, small_data, monkeypatch, capsys):
@@ -285,7 +356,7 @@ def test_sgd_with_a_full_disk_ends_with_one_line(tmp_path, small_data, monkeypat
 
 def test_run_takes_every_option_from_args_and_changes_none(tmp_path, small_data):
     """A function does not change its args."""
-    args = argparse.Namespace(layers=[2, 4, 1], batch_size=100, num_epochs=1, seed=0, decay=0.9,
+    args = argparse.Namespace(layers=[2, 4, 1], batch_size=100, num_epochs=1, seed=0, decay=9.0,
                               learning_rate=0.1, momentum=0.0)
     before, loaded = dict(vars(args)), data.load(*small_data)
     progress = runs.Progress(tmp_path / "run", ["seconds", "examples", "epoch", "test_mse"], {})

@@ -11,11 +11,11 @@ from plumbing import data
 from plumbing.runs import read_snapshot, snapshots
 from sgd import (
     HIDDEN,
+    NUMBER,
     backprop,
     descend,
     feed_forward,
     layers_from_weights,
-    loss_gradient,
     make_layers,
     minibatches,
     schedule,
@@ -32,7 +32,7 @@ def equals_backprop(loaded, progress, parts, warm_ups):
     """Whether the run's last snapshot is what backprop and descent give in one process."""
     layers = [layer for part in parts for layer in part]
     for clock, i in enumerate(minibatches(len(loaded.x), 100, 2, seed=0)):
-        backprop(layers, loss_gradient(feed_forward(layers, loaded.x[i]), loaded.y[i]))
+        backprop(layers, NUMBER.loss_gradient(feed_forward(layers, loaded.x[i]), loaded.y[i]))
         for part, warm_up in zip(parts, warm_ups, strict=True):
             descend(part, schedule(0.5, 60, warm_up)(clock), 0.9)
     weights, row, _ = read_snapshot(snapshots(progress)[-1])
@@ -47,10 +47,9 @@ def equals_backprop(loaded, progress, parts, warm_ups):
 
 def test_true_gradients_over_the_wire_equal_backprop_in_one_process(tmp_path, small_data):
     """With momentum, warm-up and decay on both sides; and no oracle, because nobody needs it."""
-    with Three(tmp_path, output=[*RATES, "--replay", 0], input=[
-            *small_data, *RATES, "--gradients", "true", "--num-epochs", 2, "--warm-up",
-            9]) as three:
-        three.start("output", "input")
+    with Three(tmp_path, gradients="true", output=[*RATES, "--replay", 0], input=[
+            *small_data, *RATES, "--num-epochs", 2, "--warm-up", 9]) as three:
+        three.start()
         assert three.wait_for_input(60) == 0, three.log("input")
     parts = [make_layers([2, 24], np.random.default_rng([0, 1]), last=HIDDEN),
              make_layers([24, 12, 1], np.random.default_rng([0, 2]), input_mean=0.5)]
@@ -64,8 +63,10 @@ def test_true_gradients_through_a_chain_of_three_equal_backprop_in_one_process(
     a, b, c = free_ports(3)
     true, below = ["--gradients", "true"], "--output-server"
     commands = {
-        "output": ["train_output.py", "--port", a, "--layers", 12, 1, "--replay", 0],
-        "middle": ["train_middle.py", "--port", b, below, f"127.0.0.1:{a}", *true, "--warm-up", 9],
+        "output": ["train_output.py", "--port", a, "--oracle-server", "none", "--layers", 12, 1,
+                   "--replay", 0],
+        "middle": ["train_middle.py", "--port", b, below, f"127.0.0.1:{a}", *true, "--warm-up", 9,
+                   "--lower-oracle-server", "none"],
         "input": ["train_input.py", *small_data, "--port", c, below, f"127.0.0.1:{b}", *true,
                   "--num-epochs", 2, "--warm-up", 9]}
     with contextlib.ExitStack() as stack:
@@ -101,22 +102,61 @@ def test_guesses_teach_layer_1_where_it_must_learn(tmp_path, noisy_data):
         reached, cosine)
 
 
-def test_delayed_gradients_come_back_without_an_oracle_and_beat_zero_ones(tmp_path, small_data):
-    with Three(tmp_path, input=[*small_data, "--gradients", "delayed", "--num-epochs", 20,
-                                "--learning-rate", 1, "--warm-up", 50]) as three:
-        three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.port('input')}"]
-        three.start("output", "input")
+@pytest.mark.parametrize("gradients", ["delayed", "local"])
+def test_layer_1_learns_without_an_oracle(gradients, tmp_path, noisy_data):
+    """With zero gradients this network does no better than a constant guess: test_in_process.py."""
+    with Three(tmp_path, gradients=gradients, output=["--layers", 8, 64, 1], input=[
+            *noisy_data, "--layers", 10, 8, "--num-epochs", 2]) as three:
+        three.start()
         assert three.wait_for_input(60) == 0, three.log("input")
-    first, *_, last = [read_snapshot(path)[0][0][0] for path in snapshots(three.progress)]
-    assert (first != last).any() and three.metrics("staleness_p95")[-1] <= 20
-    assert three.metrics("test_mse")[-1] < 0.6 * three.metrics("test_mse")[0]
+        reached, constant = three.metrics("test_mse")[-1], data.load(*noisy_data).constant_guess
+        assert reached < 0.8 * constant, (reached, constant)
+        assert three.status("output")["gradients_sent"]["dropped"] == 0
 
 
-def test_classes_are_learned(tmp_path, small_digits):
-    with Three(tmp_path, oracle=["--layers", 32, 32, "--condition-on-labels", 10],
+def test_delayed_gradients_come_back_soon_also_after_a_stall_and_none_is_skipped(
+        tmp_path, small_data):
+    with Three(tmp_path, gradients="delayed",
+               input=[*small_data, "--num-epochs", 10**6]) as three:
+        three.start()
+        wait_until(lambda: three.updates() > 300, "training")
+
+        def behind():
+            """How many minibatches the output trainer is behind."""
+            return three.updates() - three.status("output")["trained"][1]
+        before = np.median([behind() for _ in range(9)])
+        assert three.status("input")["staleness"] <= 8
+        three.processes["output"].send_signal(signal.SIGSTOP)
+        wait_until(lambda: "waiting for the part above" in three.log("input"), "a stall of 1 s")
+        stalled = three.updates()
+        three.processes["output"].send_signal(signal.SIGCONT)
+        wait_until(lambda: three.updates() > stalled + 20 and behind() <= before + 2,
+                   "the delay to fall again", timeout=2)
+        wait_until(lambda: three.updates() > stalled + 100, "training")
+        assert three.status("input")["staleness"] <= 8
+        assert three.status("output")["skipped"] == 0
+
+
+@pytest.mark.parametrize("batch_size, minibatches", [(1000, 4), (700, 6)])
+def test_each_delayed_minibatch_is_one_update_above_whatever_its_size(
+        batch_size, minibatches, tmp_path, small_data):
+    with Three(tmp_path, gradients="delayed", output=["--replay", 0], input=[
+            *small_data, "--batch-size", batch_size, "--num-epochs", 10]) as three:
+        three.start()
+        assert three.wait_for_input(60) == 0, three.log("input")
+        wait_until(lambda: three.updates("output") >= 10 * minibatches, "the last ones")
+        status = three.status("output")
+    assert status["updates"] == 10 * minibatches == three.metrics("updates")[-1]
+    assert status["examples"]["received"] == 10 * 3800
+
+
+@pytest.mark.parametrize("gradients", ["synthetic", "local"])
+def test_classes_are_learned(gradients, tmp_path, small_digits):
+    with Three(tmp_path, gradients=gradients,
+               oracle=["--layers", 32, 32, "--condition-on-labels", 10],
                output=["--layers", 32, 10], input=[
                    *small_digits, "--layers", 784, 32, "--learning-rate", 0.1, "--momentum", 0.9,
-                   "--num-epochs", 12]) as three:
+                   "--warm-up", 0, "--num-epochs", 12]) as three:
         three.start()
         assert three.wait_for_input(60) == 0, three.log("input")
     assert three.metrics("test_error")[0] > 0.7 and three.metrics("test_error")[-1] < 0.3
@@ -144,7 +184,7 @@ def test_an_interrupted_run_writes_a_last_snapshot_and_all_counters_and_its_cosi
         loaded, layers = data.load(*small_data), layers_from_weights(weights)
         h = feed_forward(layers[:1], loaded.x_test)
         y_hat = feed_forward(layers[1:], h)
-        g = backprop(layers[1:], loss_gradient(y_hat, loaded.y_test))
+        g = backprop(layers[1:], NUMBER.loss_gradient(y_hat, loaded.y_test))
         client = OracleClient(f"127.0.0.1:{three.port('oracle')}")
         guess, _ = client.estimate_gradients(h, loaded.y_test)
         assert end(three.processes["output"], signal.SIGINT) == 130
@@ -201,3 +241,35 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path, small_data):
             assert f"cannot listen on 127.0.0.1:{port}" in line
     finally:
         end(first)
+
+
+def test_two_middle_trainers_in_a_cycle_are_one_clear_error(tmp_path):
+    """Whichever sees it first ends with it."""
+    ports, processes = free_ports(2), []
+    try:
+        for mine, above in zip(ports, reversed(ports), strict=True):
+            processes.append(start(
+                "train_middle.py", "--gradients", "local", "--layers", 24, 24, "--port", mine,
+                "--output-server", f"127.0.0.1:{above}", "--lower-oracle-server", "none",
+                "--progress-dir", tmp_path / f"{mine}", log=tmp_path / f"{mine}.log"))
+        ended = wait_until(lambda: [n for n in (0, 1) if processes[n].poll() is not None],
+                           "one of them to end", timeout=20)[0]
+        line = (tmp_path / f"{ports[ended]}.log").read_text().splitlines()[-1]
+        assert processes[ended].returncode == 2 and "has this process above it" in line
+    finally:
+        for process in processes:
+            end(process)
+
+
+def test_an_oracle_in_place_of_the_part_above_is_one_clear_error(tmp_path, small_data):
+    oracle, mine = free_ports(2)
+    process = start("oracle.py", "--port", oracle, log=tmp_path / "oracle")
+    try:
+        trainer = start("train_input.py", *small_data, "--port", mine, "--gradients", "local",
+                        "--output-server", f"127.0.0.1:{oracle}", cwd=tmp_path,
+                        log=tmp_path / "log")
+        assert trainer.wait(60) == 2
+        assert "the process there is an oracle. --output-server names the part above" in (
+            (tmp_path / "log").read_text().splitlines()[-1])
+    finally:
+        end(process)
