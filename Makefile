@@ -1,7 +1,7 @@
 # make run | chain | try | sgd | plots | clean
 # make test | test-fast | lint | mutants
 # make bench | bench-busy | bench-chain | bench-crashes | bench-delay | bench-growth | bench-load
-#      bench-pace | bench-page | bench-staleness | compare | digits | soak
+#      bench-pace | bench-page | compare | digits | soak
 # EPOCHS=20 sets the length of a run. PARTS="784-256 256-10" gives another chain.
 # ARGS passes options on; ARGS=--help shows them. VENV=dir puts the virtual environment elsewhere.
 
@@ -48,7 +48,7 @@ plots: $(VENV)/ready
 	$(BIN)/python plot.py
 
 BENCHES = bench bench-busy bench-chain bench-crashes bench-delay bench-growth bench-load \
-  bench-pace bench-page bench-staleness compare digits soak
+  bench-pace bench-page compare digits soak
 $(BENCHES): x.npy $(VENV)/tests-ready
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 

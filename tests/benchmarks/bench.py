@@ -13,7 +13,6 @@ import numpy as np
 import requests
 
 from plumbing import data
-from plumbing.experiments import FAST
 from sgd import make_layers, minibatches, train
 from tests.benchmarks.compare import SINGLE
 from tests.benchmarks.measure import (
@@ -121,7 +120,7 @@ def ready_seconds():
         return time.monotonic() - began
 
 
-TRUE, BATCHED = ["--gradients", "true", *FAST], SINGLE["mini-batch SGD, one process"]
+TRUE, BATCHED = ["--gradients", "true"], SINGLE["mini-batch SGD, one process"]
 
 
 def main():

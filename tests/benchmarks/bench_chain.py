@@ -22,10 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from examples import in_process
-from exchange import centered
+from exchange import SOURCES, centered
 from plumbing import data
-from sgd import backprop, feed_forward, loss_gradient
-from tests.benchmarks.compare import GUESSES, TRUE
+from sgd import backprop, feed_forward, task_of
 from tests.benchmarks.measure import (
     DATA,
     KEPT,
@@ -39,7 +38,11 @@ from tests.benchmarks.measure import (
     run_chain,
     table,
 )
-from train_input import mean_cosine
+from train_input import mean_cosine, with_rates
+
+
+TRUE, GUESSES = (tuple(SOURCES[kind].rates[name] for name in ("learning_rate", "momentum"))
+                 for kind in ("true", "synthetic"))
 
 
 class Problem(NamedTuple):
@@ -69,6 +72,8 @@ PROBLEMS = {
     **{f"digits, {depth} hidden": digits(depth) for depth in (2, 3, 4)}}
 WAYS = {  # name: --gradients, whether the oracles are deep, whether they see y
     "true": ("true", True, False),
+    "delayed": ("delayed", True, False),
+    "local": ("local", True, False),
     "zero": ("zero", True, False),
     "guesses, linear": ("synthetic", False, False),
     "guesses": ("synthetic", True, False),
@@ -78,14 +83,16 @@ WAYS = {  # name: --gradients, whether the oracles are deep, whether they see y
 
 
 def best_rates(problem, way):
-    return problem.best["true" if way == "true" else "linear" if "linear" in way else "other"]
+    if WAYS[way][0] in ("true", "delayed", "local"):
+        return problem.best["true"]
+    return problem.best["linear" if "linear" in way else "other"]
 
 
 def learn(folder, problem, way, rates, loaded, paths, epochs, seed):
     """One run of the chain, in processes."""
     (kind, deep, labels), dims = WAYS[way], problem.dims
     below = ["--learning-rate", rates[0], "--momentum", rates[1], "--decay", problem.decay,
-             "--warm-up", 0 if kind == "true" else problem.warm_up]
+             "--warm-up", problem.warm_up if kind == "synthetic" else 0]
     run_chain(folder, [dims[:2], dims[1:]] if "once" in way else list(pairwise(dims)), seed, epochs,
               paths, gradients=kind, labels=loaded.y.shape[1] if labels else 0,
               oracle_layers=problem.hidden if deep else [], middle=below,
@@ -106,14 +113,18 @@ def cosines(kept, problem, way, rates, loaded, paths, epochs):
              "--warm-up", problem.warm_up, "--output-rate", problem.output,
              "--oracle-layers", *(problem.hidden if deep else []),
              *["--condition-on-labels"] * labels]
-    args = in_process.make_parser().parse_args(list(map(str, words)))
+    args = with_rates(in_process.make_parser().parse_args(list(map(str, words))))
     with np.errstate(all="ignore"):
-        *_, (_, _, layers, links) = in_process.run(args, loaded)
+        *_, (_, _, layers, cut) = in_process.run(args, loaded)
     x, y = loaded.x_test[:500], loaded.y_test[:500]
     y_hat, found = feed_forward(layers, x), []
-    full = learned = backprop(layers[-1:], loss_gradient(y_hat, y))
-    for layer, above, link in zip(layers[-2::-1], layers[:0:-1], links[::-1], strict=True):
-        guess, _ = link.ask(None, above.x, y, None)
+    full = learned = backprop(layers[-1:], task_of(y.shape[1]).loss_gradient(y_hat, y))
+    links = []
+    while cut:
+        links.insert(0, cut)
+        cut = cut.higher
+    for layer, above, link in zip(layers[-2::-1], layers[:0:-1], links, strict=True):
+        guess, _ = link.guess(above.x, y)
         found.insert(0, [mean_cosine(full, guess), mean_cosine(learned, guess)])
         full, learned = layer.backprop(full), layer.backprop(centered(guess))
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ NETWORKS = {  # the wider, the lower the rates at which a layer is stable
     "cheap under expensive": Network([10, 64, 64, 64], [64, 512, 512, 512, 512, 1], 64, 1, 0.0125),
     "balanced": Network([10, 256, 256, 256, 256], [256, 256, 256, 256, 1], 128, 0.25, 0.025),
     "expensive under cheap": Network([10, 512, 512, 512, 512], [512, 64, 1], 128, 0.125, 0.0125)}
-WAYS = "true", "delayed", "synthetic", "zero"
+WAYS = "true", "delayed", "local", "synthetic", "zero"
 GRID = (0.1, 0.9), (0.2, 0.9), (1.0, 0.0), (2.0, 0.0)  # factor on the rate; momentum
 
 
@@ -44,7 +44,7 @@ def learn(folder, network, way, rates, data, seconds, seed):
     width = network.below[-1]
     run_three(folder, seconds, seed, data=data, input=[
         "--layers", *network.below, "--gradients", way, "--learning-rate", factor * network.rate,
-        "--momentum", momentum, "--warm-up", 0 if way == "true" else 300,
+        "--momentum", momentum, "--warm-up", 300 if way == "synthetic" else 0,
         "--decay", 20_000],
         oracle=["--layers", width, network.hidden, width, "--condition-on-labels"],
         output=["--layers", *network.above, "--learning-rate", network.output])

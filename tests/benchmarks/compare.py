@@ -2,8 +2,8 @@
 
 True gradients at once and delayed, zero gradients, and guesses by three oracles, with labels and
 without; also guesses that are shuffled among a minibatch's examples. The same number of examples
-each. Rates are those that `--search` finds, on another target and seeds that are not reported;
-delayed gradients have those of true ones. Writes benchmarks/compare.md and compare.png.
+each. Rates are those that `--search` found, on another target and seeds that are not reported: the
+defaults of each way. Writes benchmarks/compare.md and compare.png.
 
     make compare ARGS="--target ripples --epochs 8"           # not the default target
     make compare ARGS="--away 50 --seconds 40 --ways true zero"  # the output trainer is 50 ms away
@@ -31,13 +31,13 @@ from tests.benchmarks.measure import (
     until,
     waves_target,
 )
-from train_input import DEFAULTS
 
 SMALL, LINEAR = ["--layers", 24, 12, 24], ["--layers", 24, 24]
 LABELS = ["--condition-on-labels"]
 WAYS = {  # name: --gradients, options of the oracle; the default one is the capable one
     "true": ("true", []),
     "true, delayed": ("delayed", []),
+    "local loss": ("local", []),
     "zero": ("zero", []),
     "guesses, capable oracle": ("synthetic", []),
     "guesses, small oracle": ("synthetic", SMALL),
@@ -48,38 +48,32 @@ WAYS = {  # name: --gradients, options of the oracle; the default one is the cap
     "shuffled guesses, capable oracle": ("shuffled", []),
     "shuffled guesses, linear oracle": ("shuffled", LINEAR)}
 SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9,
-                                          "--learning-rate", 0.8, "--decay", 1],
+                                          "--learning-rate", 0.8, "--decay", 1e12],
           "sgd.py, one example at a time": []}
 GRID = ((1.6, 0.9), (2.7, 0.9), (4.0, 0.9), (12.0, 0.0), (20.0, 0.0), (30.0, 0.0), (50.0, 0.0))
-# rate and momentum of layer 1, of the grid
-TRUE, GUESSES = (2.7, 0.9), (DEFAULTS["learning_rate"], DEFAULTS["momentum"])
 TARGETS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
 MINUTE = 60
 
 
-def run(folder, gradients, oracle, rates, epochs, seed, away=0, **options):
+def run(folder, gradients, oracle, epochs, seed, away=0, rates=(), **options):
     """epochs: None where the run ends after so many seconds. away: milliseconds between the output
-    trainer and the two others, there and back; delayed gradients are then at most 20 updates late,
-    else 4."""
-    rate, momentum = rates
+    trainer and the two others, there and back. rates: of layer 1 and its momentum, if not the
+    defaults."""
     more = ["--num-epochs", epochs] if epochs else []
-    if rates == TRUE and gradients != "synthetic":
-        more += ["--warm-up", 0]
-    if gradients == "delayed":
-        more += ["--staleness", 20 if away else 4]
-    run_three(folder, seed=seed, oracle=oracle, delay=away / 1000, late=away / 1000, input=[
-        "--gradients", gradients, "--learning-rate", rate, "--momentum", momentum, *more],
-        **options)
+    if rates:
+        more += ["--learning-rate", rates[0], "--momentum", rates[1]]
+    run_three(folder, seed=seed, oracle=oracle, delay=away / 1000, late=away / 1000,
+              input=["--gradients", gradients, *more], **options)
 
 
 def search(epochs, seeds):
     """What the same rates give for true gradients and for guesses, on another target."""
     data, reached = other_target(KEPT / "other"), {}
-    runs = Runs("compare-search", 2 * len(GRID) * seeds)
-    for seed, gradients, rates in product(range(seeds), ("true", "synthetic"), GRID):
+    runs = Runs("compare-search", 3 * len(GRID) * seeds)
+    for seed, gradients, rates in product(range(seeds), ("true", "local", "synthetic"), GRID):
         reached.setdefault((gradients, *rates), []).append(runs.score(
-            f"{gradients} {rates} {epochs}", SEARCH_SEED + seed, run, gradients, [], rates, epochs,
-            data=data))
+            f"{gradients} {rates} {epochs}", SEARCH_SEED + seed, run, gradients, [], epochs,
+            rates=rates, data=data))
     table("compare-search", ("gradients", "rate of layer 1", "momentum",
                              f"MSE on another target after {epochs} epochs"),
           [(*rates, cell(values)) for rates, values in reached.items()])
@@ -114,9 +108,8 @@ def main():
             metrics = get(run_sgd, "--num-epochs", args.epochs, *SINGLE[name], data=data)
         else:
             gradients, oracle = WAYS[name]
-            metrics = get(run, gradients, oracle,
-                          TRUE if gradients in ("true", "delayed") else GUESSES, epochs,
-                          away=args.away, data=data, seconds=args.seconds)
+            metrics = get(run, gradients, oracle, epochs, away=args.away, data=data,
+                          seconds=args.seconds)
         results.setdefault(name, []).append(metrics)
     rows = []
     for name, each in results.items():

@@ -35,11 +35,14 @@ LABELS = ["--condition-on-labels", CLASSES]
 WAYS = {  # name: --gradients, options of the oracle
     "no backprop": ("zero", []),
     "backprop": ("true", []),
+    "backprop, late": ("delayed", []),
+    "local loss": ("local", []),
     "guesses": ("synthetic", []),
     "guesses, labels": ("synthetic", LABELS)}
-# rate of the input half; of the output half, whose momentum is 0.9
+# rate of the input half, which has no momentum; of the output half, whose momentum is 0.9
 GRID = ((0.1, 0.02), (0.3, 0.02), (1.0, 0.02), (0.1, 0.1))
-RATES = {"no backprop": (0.3, 0.02), "backprop": (1.0, 0.02), "guesses": (0.1, 0.02),
+RATES = {"no backprop": (0.3, 0.02), "backprop": (1.0, 0.02),
+         "backprop, late": (1.0, 0.02), "local loss": (1.0, 0.02), "guesses": (0.1, 0.02),
          "guesses, labels": (0.3, 0.02)}  # of them
 
 
@@ -51,7 +54,8 @@ def learn(folder, loaded, paths, depth, way, rates, updates, seed):
     run_three(folder, seed=seed, data=paths, oracle=["--layers", WIDTH, WIDTH, *oracle],
               output=["--layers", WIDTH, CLASSES, "--learning-rate", rates[1], *steady],
               input=["--layers", columns, *[WIDTH] * depth, "--learning-rate", rates[0], *steady,
-                     "--warm-up", 300, "--held-out", len(loaded.x_test), "--gradients", gradients,
+                     "--warm-up", 300, "--momentum", 0, "--held-out", len(loaded.x_test),
+                     "--gradients", gradients,
                      "--num-epochs", max(1, round(updates * BATCH / n))],
               watch=ask_once(folder, loaded, 0.9 * updates) if oracle else None)
 

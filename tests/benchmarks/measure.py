@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from exchange import SOURCES
 from plumbing.launch import command_lines, free_first_port, parse
 from plumbing.runs import read_json, read_metrics
 from tests.processes import DEADLINE, ROOT, Three, end, start, wait_until
@@ -139,24 +140,26 @@ def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data
     delay: seconds that the output trainer's answers to the input trainer are late.
     late: seconds that the answers to the output trainer's gradients are late. It sends the next
     ones only then. session: each process has one of its own. watch: see follow().
-    With --gradients delayed no oracle runs; the gradients go to the input trainer.
+    No oracle runs where --gradients asks none; delayed ones go to the input trainer.
     """
+    kind = input[input.index("--gradients") + 1] if "--gradients" in input else "synthetic"
+    asked = SOURCES[kind].asks_oracle
     seeds, endless = ["--seed", seed], ["--num-epochs", 10**6] if seconds else []
     three = Three(folder, [*oracle, *seeds], [*output, *seeds],
                   [*data, "--snapshot-seconds", 2, *endless, *input, *seeds], session=session)
     gradients_to = three.port("oracle")
-    if "delayed" in input:
+    if kind == "delayed":
         gradients_to = three.port("input")
         three.to_oracle.target = gradients_to
     if late:
         three.to_oracle.delay, gradients_to = late, three.to_oracle.port
-    three.commands["output"] += ["--oracle-server", f"127.0.0.1:{gradients_to}"]
+    three.commands["output"] += ["--oracle-server", f"127.0.0.1:{gradients_to}"
+                                 if asked or kind == "delayed" else "none"]
     if delay:
         three.to_output.delay = delay
         three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
     with three:
-        three.start(*[name for name in three.commands
-                      if name != "oracle" or "delayed" not in input])
+        three.start(*[name for name in three.commands if asked or name != "oracle"])
         follow(three, seconds, watch, timeout)
 
 
@@ -210,8 +213,7 @@ class Chain(Three):
                  *oracle_layers, "--condition-on-labels", labels, "--gradients", gradients,
                  "--first-port", free_first_port(), "--progress-dir", self.progress]
         self.commands = command_lines(parse(list(map(str, words))), hosts={})
-        further = {"oracle": oracle, "output": output, "input": input,
-                   "middle": ["--gradients", gradients, *middle]}
+        further = {"oracle": oracle, "output": output, "input": input, "middle": middle}
         for name, command in self.commands.items():
             command += further[name.rstrip("0123456789")]
         self.ports = {name: int(command[2]) for name, command in self.commands.items()}
