@@ -33,11 +33,12 @@ def fill(three, name, width, start, count):
     client = kind(f"127.0.0.1:{three.port(name)}", timeout=60)
     for k in range(start, count, rows):
         i = np.arange(k, min(k + rows, count))
+        clock = np.full(len(i), k)
         h, y = rng.random((len(i), width), "f"), rng.random((len(i), 1), "f")
         if name == "output":
-            client.training_examples(i, h, y, i)
+            client.training_examples(i, h, y, clock, 0 * i)
         else:
-            client.provide_gradients(i, h, y, i, 0.01 * h)
+            client.provide_gradients(i, h, y, clock, 0 * i, 0.01 * h)
 
 
 def grow(folder, name, width, fewer, more):
@@ -59,7 +60,7 @@ def grow(folder, name, width, fewer, more):
             # of replay, which has no bound here
             times.append(1e6 / BATCH / three.updates_per_second(name, 4))
             sizes.append(resident(three, name))
-        raw = {"output": 4 * width + 4, "oracle": 8 * width + 8}[name]  # h, y; h, g, clock
+        raw = {"output": 4 * width + 4, "oracle": 8 * width + 16}[name]  # h, y; h, g, clock, start
     return (sizes[1] - sizes[0]) / (more - fewer) / raw, times
 
 

@@ -27,7 +27,8 @@ def flood(port, path, columns, numbers, until, accepted):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     while time.monotonic() < until:
         i = ROWS * next(numbers) + np.arange(ROWS)
-        body = encode(i=i, clock=i, **columns)
+        clock = np.full(ROWS, i[0])  # a minibatch
+        body = encode(i=i, clock=clock, start=0 * i, **columns)
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         response.read()
@@ -37,7 +38,7 @@ def flood(port, path, columns, numbers, until, accepted):
 
 
 def messages():
-    """What one to the output trainer and one to the oracle hold besides i and clock: as large as in
+    """What one to the output trainer and one to the oracle hold besides i, clock and start: as large as in
     a training."""
     rng = np.random.default_rng(0)
     examples = {"h": rng.random((ROWS, WIDTH), "f"), "y": rng.normal(size=(ROWS, 1)).astype("f")}
