@@ -82,8 +82,8 @@ class Run:
         self.k = loaded.y.shape[1]
         self.score, self.constant = task_of(self.k).score, data.constant_guess(loaded, task_of)
         layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]), last=HIDDEN)
-        self.part = Part(layers, args.progress_dir, seed=args.seed, data=loaded.digest,
-                         held_out=len(loaded.x_test))
+        self.part = Part(layers, args.progress_dir, seed=args.seed,
+                         held_out=len(loaded.x_test), data=loaded.digest)
         self.link = LowerEnd(self.part, above, process.START, self.k, args,
                              np.random.default_rng([args.seed, 5]))
         self.examples, self.seconds, self.row, self.progress = 0, 0.0, {}, None
