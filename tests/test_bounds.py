@@ -1,5 +1,6 @@
 """The two bounds, on staleness and on replay, between real processes: a proxy loses what the
-trainers throw. The rules themselves: test_exchange.py."""
+trainers throw. The rules themselves: test_exchange.py and test_links.py. Those of a server:
+test_serving.py."""
 import numpy as np
 import pytest
 
@@ -23,14 +24,14 @@ def test_layer_1_stops_at_exactly_the_bound_and_goes_on_when_news_comes(tmp_path
         three.start()
         # the oracle knows nothing: that counts from the first question
         wait_until(lambda: waiting in three.log("input"), "layer 1 to wait")
-        assert still(three.updates) == STALENESS + 1
+        assert still(three.updates) == STALENESS
         assert three.status("oracle")["learned"] is None
-        thrown = 100 * (STALENESS + 2)  # the last minibatch waits for its gradient
+        thrown = 100 * (STALENESS + 1)  # the last minibatch waits for its gradient
         wait_until(lambda: three.status("input")["examples_sent"]["thrown"] > 3 * thrown,
                    "it to throw again")
         status = three.status("output")
         assert status["examples"]["received"] == thrown
-        assert status["updates"] + status["skipped"] <= STALENESS + 2
+        assert status["updates"] + status["skipped"] <= STALENESS + 1
         three.to_oracle.cut = False
         wait_until(lambda: three.updates() > 100, "layer 1 to go on")
         for link in (three.to_oracle, three.to_output):
@@ -53,7 +54,7 @@ def test_with_minibatches_of_one_a_loss_of_all_in_flight_is_made_good_soon(tmp_p
         three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.to_oracle.port}"]
         three.to_oracle.cut = True
         three.start()
-        wait_until(lambda: three.updates() == 251, "layer 1 to wait")
+        wait_until(lambda: three.updates() == 250, "layer 1 to wait")
         three.to_oracle.cut = False
         wait_until(lambda: three.updates() > 400, "it to go on", timeout=15)
 

@@ -1,8 +1,10 @@
 """The whole algorithm in one process: what it equals, what depends on what, in which order things
 happen, and what it does without."""
+import argparse
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import train_input
 import train_output
 from examples import in_process
 from exchange import SOURCES
-from plumbing import data
+from plumbing import data, serving
 from plumbing.errors import UserError
+from plumbing.part import Part
 from sgd import (
     HIDDEN,
     backprop,
@@ -135,10 +138,9 @@ def test_the_same_options_give_the_same_bits_and_another_seed_does_not(gradients
     assert differ(once, trained(loaded, *options, "--seed", 1))
 
 
-def test_nothing_that_the_oracle_does_changes_the_parts_above(loaded, monkeypatch):
+def test_nothing_that_the_oracle_does_changes_the_parts_above(loaded, silent):
     """Along zero guesses the lowest part stays as drawn, and the run is the one with zero
     gradients."""
-    monkeypatch.setattr(oracle, "Model", Silent)
     synthetic, zero = (trained(loaded, "--gradients", gradients, "--num-epochs", 2)
                        for gradients in ("synthetic", "zero"))
     assert same(synthetic, zero)
@@ -184,7 +186,7 @@ def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_le
 
 
 @pytest.mark.parametrize("kind, dims, options", [
-    ("noisy_data", [10, 8, 32, 1], ["--num-epochs", 1]),
+    ("noisy_data", [10, 8, 32, 1], ["--num-epochs", 2]),
     ("small_digits", [784, 8, 8, 10], ["--num-epochs", 4, "--batch-size", 50, "--learning-rate",
                                        0.1])])
 def test_local_gradients_teach_every_lower_part_of_a_chain(kind, dims, options, request):
@@ -321,6 +323,41 @@ def test_the_cut_parts_are_the_whole_networks_layers(loaded, silent):
     _, layers, cuts = run(loaded, "--layers", 2, 9, 8, 7, 1, "--cuts", 1, 3, "--num-epochs", 1)
     assert [cut.part.layers for cut in cuts] == [layers[:1], layers[1:3]]
     assert all(layer.activation is HIDDEN for layer in layers[:-1])
+
+
+# ---- what only the processes do ----
+
+
+def test_a_probe_holds_the_true_gradient_and_the_guess_each_in_its_place(loaded):
+    """And the cosine is theirs."""
+    network = make_layers([2, 24, 12, 1], np.random.default_rng(0))
+    run = SimpleNamespace(
+        k=1, data=loaded, part=SimpleNamespace(layers=network[:1]),
+        link=SimpleNamespace(source=SOURCES["synthetic"]), above=SimpleNamespace(
+            wait=lambda attempt: attempt(), guess=lambda h, y: (-h, None)))
+    cosine, probe = train_input.Run.compare_gradients(run, network)
+    x, y = loaded.x_test, loaded.y_test
+    h = feed_forward(network[:1], x)
+    g = backprop(network[1:], feed_forward(network[1:], h) - y)
+    for name, expected in (("x", x), ("g", g[:, :4]), ("guess", -h[:, :4])):
+        np.testing.assert_array_equal(probe[name], expected)
+    lengths = np.linalg.norm(g, axis=1) * np.linalg.norm(h, axis=1)
+    assert cosine == pytest.approx(np.mean((g * -h).sum(axis=1) / lengths), rel=1e-4)
+
+
+def test_the_output_trainers_seed_decides_its_weights(tmp_path, monkeypatch):
+    drawn = []
+
+    def noted(layers, *folder):
+        drawn.append(layers)
+        return Part(layers, *folder)
+    monkeypatch.setattr(train_output, "Part", noted)
+    monkeypatch.setattr(serving, "serve", lambda app, listener, args: listener.close())
+    for seed in (0, 0, 1):
+        train_output.main(argparse.Namespace(**train_output.DEFAULTS | {
+            "host": "127.0.0.1", "port": 0, "token": None, "trace": None, "allow_host": [],
+            "oracle_server": "none", "seed": seed, "progress_dir": tmp_path}), stop=True)
+    assert same(*drawn[:2]) and differ(*drawn[1:])
 
 
 # ---- the command ----

@@ -1,5 +1,6 @@
 """Arrays as JSON, messages as types, and clients of servers that misbehave."""
 import argparse
+import getpass
 import json
 import socket
 import subprocess
@@ -14,19 +15,25 @@ from hypothesis import given as for_any
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
+import over_http
+import train_output
+from exchange import Replay
+from links import UpperEnd, minibatches_of
 from plumbing import serving
+from plumbing.errors import NoAnswer, Refused
+from plumbing.part import Part
+from plumbing.posting import Outbox
 from plumbing.wire import (
     MAX_BODY,
     Malformed,
-    NoAnswer,
-    Refused,
     decode,
     encode,
     json_to_ndarray,
     ndarray_to_json,
 )
+from sgd import make_layers, task_of
 from synthgrad import Examples, Gradients, OracleClient, PartClient, Question, encode_weights
-from tests.processes import ROOT
+from tests.processes import ROOT, wait_until
 
 dtypes = st.sampled_from(["float32", "float64", "int32", "int64"])
 shapes = arrays_of.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
@@ -84,11 +91,11 @@ def test_numbers_out_of_bounds_are_refused(bad):
         decode(json.dumps({"h": ndarray_to_json(h), "y": Y}).encode(), Question, h=3)
 
 
-@pytest.mark.parametrize("name", ["i", "clock"])
+@pytest.mark.parametrize("name", ["i", "clock", "start"])
 @pytest.mark.parametrize("bad", [[-1, 0], [0, 2**62]])
-def test_indices_and_clocks_out_of_bounds_are_refused(name, bad):
+def test_indices_clocks_and_starts_out_of_bounds_are_refused(name, bad):
     good = dict(i=np.arange(2), h=np.zeros((2, 3), "f"), y=np.zeros((2, 1), "f"),
-                clock=np.arange(2))
+                clock=np.arange(2), start=np.arange(2))
     with pytest.raises(Malformed, match=rf"\$\.{name}"):
         decode(encode(**good | {name: np.array(bad)}), Examples, h=3)
 
@@ -158,13 +165,14 @@ class Misbehaving:
         return f"127.0.0.1:{self.socket.getsockname()[1]}"
 
 
-def http(body, status="200 OK", length=None):
+def http(body, status="200 OK", length=None, header=""):
     body = body if isinstance(body, bytes) else body.encode()
-    return f"HTTP/1.1 {status}\r\nContent-Length: {length or len(body)}\r\n\r\n".encode() + body
+    head = f"HTTP/1.1 {status}\r\n{header}Content-Length: {length or len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
-def guess(gradients, learned=None):
-    return http(msgspec.json.encode({"gradients": ndarray_to_json(gradients), "learned": learned}))
+def guess(gradients, newest=None):
+    return http(msgspec.json.encode({"gradients": ndarray_to_json(gradients), "newest": newest}))
 
 
 @pytest.mark.parametrize("answer", [
@@ -172,7 +180,8 @@ def guess(gradients, learned=None):
     http("not json"), http("[" * 10**5), http('{"gradients": {"shape": [4, 3]', length=500),
     http('{"error": "x"}', "500 Oops"), http("{}", "302 Found"), guess(np.zeros((4, 4), "f")),
     guess(np.zeros((3, 3), "f")), guess(np.full((4, 3), np.nan, "f")),
-    guess(np.zeros((4, 3), "f"), "yesterday"), http("x", length=MAX_BODY * 4)])
+    guess(np.zeros((4, 3), "f"), "yesterday"), guess(np.zeros((4, 3), "f"), 7),
+    http("x", length=MAX_BODY * 4)])
 def test_a_client_survives_a_server_that_misbehaves(answer):
     server = Misbehaving(answer)
     client = OracleClient(server.url, timeout=0.3)
@@ -183,6 +192,25 @@ def test_a_client_survives_a_server_that_misbehaves(answer):
         client.status()
     assert time.monotonic() - began < 10
     server.socket.close()
+
+
+def test_a_redirect_is_no_answer_wherever_it_leads():
+    there = Misbehaving(guess(np.zeros((4, 3), "f")))
+    here = Misbehaving(http("{}", "307 Temporary Redirect",
+                            header=f"Location: http://{there.url}/estimate_gradients\r\n"))
+    question = np.zeros((4, 3), "f"), np.zeros((4, 1), "f")
+    with pytest.raises(NoAnswer, match="status 307"):
+        OracleClient(here.url, timeout=2).estimate_gradients(*question)
+    assert OracleClient(there.url, timeout=2).estimate_gradients(*question)[1] is None
+    here.socket.close()
+    there.socket.close()
+
+
+def test_no_proxy_of_the_environment_is_asked(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert fetch(WEIGHTS, [3, 2, 1])[1] == [7, 9]
 
 
 WEIGHTS = [(np.ones((3, 2), "f"), np.zeros(2, "f")), (np.ones((2, 1), "f"), np.zeros(1, "f"))]
@@ -253,9 +281,9 @@ def test_a_dead_server_is_no_answer_and_a_bad_address_is_an_error():
 def recorder():
     """Real servers of an oracle's and a part's endpoints, in threads of this process: the address,
     and what came, [(endpoint, fields), ...]."""
-    args = argparse.Namespace(host="127.0.0.1", port=0, token="secret")
+    args = argparse.Namespace(host="127.0.0.1", port=0, token="secret", trace=None, allow_host=[])
     status = {"layers": [3, 2], "updates": 4, "condition_on_labels": 1, "needs": 5,
-              "network": [3, 2, 1], "backlog": 6}
+              "network": [3, 2, 1], "trained": [11, 6]}
     app, came, h = serving.make_app("test", lambda: status, args), [], np.ones((4, 3), "f")
 
     def serve(path, kind, **answer):
@@ -263,8 +291,8 @@ def recorder():
         def endpoint():
             came.append((path, serving.message(kind)))
             return serving.as_json(encode(**answer))
-    serve("/estimate_gradients", Question, gradients=2 * h, learned=9)
-    serve("/true_gradients", Question, gradients=3 * h)
+    serve("/estimate_gradients", Question, gradients=2 * h, newest=(11, 9))
+    serve("/true_gradients", Examples, gradients=3 * h)
     serve("/training_examples", Examples, accepted=4)
     serve("/provide_gradients", Gradients, accepted=4)
     app.get("/weights")(lambda: serving.as_json(encode_weights(WEIGHTS, [7, 9])))
@@ -276,39 +304,110 @@ def recorder():
 SENT_H, SENT_Y = np.full((4, 3), 0.5, "f"), np.full((4, 1), 0.25, "f")
 
 
+SENT = [np.array([8, 1, 2, 3]), SENT_H, SENT_Y, np.full(4, 7), np.full(4, 11)]  # i, h, y, clock, …
+G = np.full((4, 3), 0.125, "f")
+
+
 def test_every_message_arrives_at_its_endpoint_as_it_was_sent_and_its_answer_comes_back(recorder):
     address, came = recorder
     oracle, part = OracleClient(address, "secret"), PartClient(address, "secret")
-    question = [SENT_H, SENT_Y]
-    examples = [np.array([8, 1, 2, 3]), *question, np.full(4, 7)]
-    gradients = [*examples, np.full((4, 3), 0.125, "f")]
-    guess, learned = oracle.estimate_gradients(*question)
-    assert (guess == 2).all() and learned == 9
-    assert (part.true_gradients(*question) == 3).all()
-    part.training_examples(*examples)
-    oracle.provide_gradients(*gradients)
-    expected = [("/estimate_gradients", question), ("/true_gradients", question),
-                ("/training_examples", examples), ("/provide_gradients", gradients)]
-    for (path, fields), (wanted, arrays) in zip(came, expected, strict=True):
+    guess, newest = oracle.estimate_gradients(SENT_H, SENT_Y)
+    assert (guess == 2).all() and newest == (11, 9)
+    assert (part.true_gradients(*SENT) == 3).all()
+    part.training_examples(*SENT)
+    part.training_examples(*SENT, every=True)
+    oracle.provide_gradients(*SENT, G)
+    oracle.provide_gradients(*SENT, G, waiting=5)
+    expected = [("/estimate_gradients", [SENT_H, SENT_Y]), ("/true_gradients", [*SENT, False]),
+                ("/training_examples", [*SENT, False]), ("/training_examples", [*SENT, True]),
+                ("/provide_gradients", [*SENT, G, 0]), ("/provide_gradients", [*SENT, G, 5])]
+    for (path, fields), (wanted, sent) in zip(came, expected, strict=True):
         assert path == wanted
-        for mine, theirs in zip(fields, arrays, strict=True):
-            assert mine.dtype == theirs.dtype and (mine == theirs).all()
+        for mine, theirs in zip(fields, sent, strict=True):
+            assert np.array_equal(mine, theirs) and type(mine) is type(theirs)
+            assert getattr(mine, "dtype", None) == getattr(theirs, "dtype", None)
     weights, updates = part.weights([3, 2, 1])
     assert (weights[0][0] == WEIGHTS[0][0]).all() and updates == [7, 9]
     said = part.status()
     assert said.layers == [3, 2] and said.updates == 4 and said.ids == [serving.ID]
-    assert (said.condition_on_labels, said.needs, said.backlog) == (1, 5, 6)
+    assert (said.condition_on_labels, said.needs, said.trained) == (1, 5, (11, 6))
+    assert said.user == getpass.getuser()
 
 
+@pytest.mark.parametrize("sent", [[each[:3] for each in SENT],
+                                  [SENT[0], SENT_H[:, :2], *SENT[2:]]])
 @pytest.mark.parametrize("ask", [
-    lambda client: client(OracleClient).estimate_gradients(SENT_H[:3], SENT_Y[:3]),
-    lambda client: client(OracleClient).estimate_gradients(SENT_H[:, :2], SENT_Y),
-    lambda client: client(PartClient).true_gradients(SENT_H[:3], SENT_Y[:3]),
-    lambda client: client(PartClient).true_gradients(SENT_H[:, :2], SENT_Y)])
-def test_gradients_of_another_shape_than_the_question_are_no_answer(ask, recorder):
+    lambda address, i, h, y, *_: OracleClient(address, "secret").estimate_gradients(h, y),
+    lambda address, *sent: PartClient(address, "secret").true_gradients(*sent)])
+def test_gradients_of_another_shape_than_the_question_are_no_answer(ask, sent, recorder):
     with pytest.raises(NoAnswer, match="Expected shape"):
-        ask(lambda kind: kind(recorder[0], "secret"))
+        ask(recorder[0], *sent)
 
 
-def test_gradients_are_examples_with_one_more_field():
-    assert Gradients.__struct_fields__ == (*Examples.__struct_fields__, "gradients")
+def test_gradients_are_examples_with_what_came_of_them():
+    assert Examples.__struct_fields__[5:] == ("every",)
+    assert Gradients.__struct_fields__ == (
+        *Examples.__struct_fields__[:5], "gradients", "waiting")
+
+
+# ---- what counts once ----
+
+
+@pytest.fixture
+def part():
+    """post(path, **changed) at a part that trains on what comes: the JSON that is answered. And
+    its UpperEnd."""
+    args = argparse.Namespace(host="127.0.0.1", port=0, token=None, trace=None, allow_host=[])
+    trained = Part(make_layers([3, 2, 1], np.random.default_rng(0)))
+    below = UpperEnd(Replay(1000, 0), 4, np.random.default_rng(0), Outbox())
+    app = serving.make_app("output trainer", below.status, args)
+    over_http.serve_part(app, below, lambda: [3, 2, 1], lambda: (trained.weights()[0], [7]))
+    stop = threading.Event()
+
+    def minibatches():
+        while not stop.is_set():
+            if minibatch := below.next(60):
+                yield minibatch
+    losses = train_output.train(trained, minibatches(), task_of(1), lambda clock: 0.1, 0.0)
+    loop = threading.Thread(target=lambda: list(losses))
+    loop.start()
+
+    def post(path, **changed):
+        names = Examples.__struct_fields__
+        body = encode(**{**dict(zip(names, SENT, strict=False)), **changed})
+        return app.test_client().post(path, data=body, content_type="application/json").json
+    yield post, trained, below
+    stop.set()
+    below.nudge()  # which ends the wait for a minibatch
+    loop.join(10)
+
+
+LATER = {"clock": np.full(4, 8)}, {"start": np.full(4, 12)}
+
+
+def test_a_question_that_is_asked_again_is_one_update_and_gets_the_same_answer(part):
+    post, trained, _ = part
+    answers = [post("/true_gradients") for _ in range(3)]
+    assert "gradients" in answers[0] and answers == answers[:1] * 3 and trained.clock == 1
+    for updates, other in enumerate(LATER, 2):  # with the same contents
+        answers.append(post("/true_gradients", **other))
+        assert answers[-1] != answers[-2] and trained.clock == updates
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_examples_that_are_thrown_again_count_once_and_equal_ones_of_another_clock_do_not(
+        every, part):
+    post, trained, below = part
+    for rows, changed in ((4, {}), (4, {}), (8, LATER[0]), (12, LATER[1]), (12, {})):
+        assert post("/training_examples", every=every, **changed) == {"accepted": 4}
+        assert below.replay.counters()["received"] == rows
+    wait_until(lambda: trained.clock >= 3, "the loop to train on all")
+    post("/true_gradients", clock=np.full(4, 99))
+    assert trained.clock == 4
+
+
+def test_a_message_is_split_into_its_minibatches():
+    clock, start = np.array([3, 3, 4, 3, 3]), np.array([1, 1, 1, 1, 2])
+    found = list(minibatches_of(clock, start, np.arange(5)))
+    assert [(its_start, its_clock, i.tolist()) for its_start, its_clock, (i,) in found] == [
+        (1, 3, [0, 1]), (1, 4, [2]), (1, 3, [3]), (2, 3, [4])]
