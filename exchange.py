@@ -4,8 +4,7 @@
     BoundedStaleness  below          waits while what is known above is too old
     SOURCES           below          where a gradient comes from, a class for each of --gradients
 
-"below" and "above" are the parts of the network below and above a cut. Nothing here depends on how
-messages travel: links.py has the two ends of a link, which use this.
+"below" and "above" are the parts of the network below and above a cut. links.py uses this.
 """
 import collections
 import threading
@@ -22,11 +21,9 @@ SEEN = 20_000      # minibatches that are remembered at least, so that each coun
 
 
 class Replay:
-    """The newest `keep` examples. Each one that arrives allows `replay` draws of any of them.
-
-    At most `replay` draws per stored example are saved up. So training stops soon after news stops,
-    and does not overfit. Servers' threads add, the training loop draws.
-    """
+    """The newest `keep` examples. Each one that arrives allows `replay` draws of any of them, of
+    which at most `replay` per stored example are saved up. So training stops soon after news stops.
+    Servers' threads add, the training loop draws."""
 
     def __init__(self, keep, replay):
         self.keep, self.replay, self.changed = keep, replay, threading.Condition()
@@ -57,9 +54,9 @@ class Replay:
             self.changed.notify()
 
     def draw(self, count, rng, seconds=0, newest_first=False):
-        """`count` rows of each column, drawn with replacement. None if so many are not allowed
-        within so many seconds. With `newest_first` all that arrived since the last draw comes
-        first, the newest in row 0, so that no news can be missed by chance."""
+        """`count` rows of each column, drawn with replacement; None if so many are not allowed in
+        time. `newest_first`: all that arrived since the last draw comes first, the newest in row 0,
+        so that no news is missed by chance."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.allowed >= count, seconds):
                 return None
@@ -84,8 +81,8 @@ class BoundedStaleness:
     """What is known above is at most `bound` updates old, or the part waits (Ho et al. 2013).
 
     ask() -> an answer, and (start, clock): the newest minibatch that is known above, or None.
-    Staleness is the part's clock minus that one. Until something of this start is known, it counts
-    from the first question. wait(attempt) calls attempt() until it no longer raises NoAnswer.
+    Staleness is the part's clock minus that one, or minus that of the first question while nothing
+    of this start is known. wait(attempt) calls attempt() until it no longer raises NoAnswer.
     Meanwhile throw_again(after) throws what is newer than the clock `after`, for it may be lost.
     """
 
@@ -138,12 +135,9 @@ class BoundedStaleness:
 
 
 def centered(g):
-    """g (batch, width) minus its mean over the minibatch, unless that is a single example.
-
-    Above the cut z = h w + b, so the mean of g is w (dL/db), and b itself descends along dL/db. A
-    few updates later this mean is unrelated to its old value. A late or guessed mean pushes all
-    activations to one side, until sigmoids saturate.
-    """
+    """g (batch, width) minus its mean over the minibatch, unless that is a single example. Above
+    the cut z = h w + b, so this mean is w (dL/db), and b descends along dL/db itself. So it is soon
+    out of date, and would push all activations to one side, until sigmoids saturate."""
     return g - g.mean(axis=0) if len(g) > 1 else g
 
 
@@ -152,16 +146,14 @@ class Source:
     update that can be made now: g (batch, width) and the tell() of the minibatch that it is of.
 
     h (batch, width) and y (batch, k) are of the minibatch that was just thrown; None if there is
-    none, and only what has come back is asked for. layers: what a checkpoint must hold besides.
-    """
+    none, and only what has come back is asked for. layers: what a checkpoint must hold, too."""
     asks_oracle = takes_back = False  # whether gradients go to an oracle, or back to this part
     locked = False  # whether the minibatch is not thrown, since the question brings it
     rates = dict(learning_rate=2.7, momentum=0.9, warm_up=0)  # where a person gives none
     layers = ()
 
     def __init__(self, link, part, k, args, rng):
-        """link: a links.LowerEnd; k: the width of y; args: of the program; rng: for what is drawn.
-        """
+        """link: a LowerEnd; k: the width of y; args: of the program; rng: for what is drawn."""
         self.link, self.part, self.rng = link, part, rng
 
 
@@ -189,15 +181,12 @@ class Delayed(Source):
 
     An update is made when a gradient has come back, and only then. All that have come back are
     applied before the next forward pass, the oldest first. At most `bound` minibatches are on their
-    way; beyond that the part waits. Within this bound there are as many as leave one waiting for
-    the part above, so that the delay is that of the round trip. What comes back twice is applied
-    once.
+    way, and no more than leave one waiting for the part above, so that the delay is that of the
+    round trip. Beyond that the part waits. What comes back twice is applied once.
 
-    The layers get back the x and h of the minibatch, but not its weights: backprop goes through
-    remembered activations and the present weights. Published pipelines remember the weights, too,
-    or compute the activations again. In the first 500 updates of a deep part the direction is the
-    same (cosine 0.998 at least).
-    """
+    Backprop goes through the remembered x and h and the present weights. Published pipelines
+    remember the weights, too, or compute the activations again. In the first 500 updates of a deep
+    part this is the same direction (cosine 0.998 at least)."""
     takes_back = True
 
     def __init__(self, link, part, k, args, rng):
@@ -208,8 +197,7 @@ class Delayed(Source):
         self.returned = {}      # clock -> g; servers add what is on its way, the loop takes it
 
     def add(self, start, clock, waiting, g):
-        """In a server's thread: the gradient g (batch, width) of one minibatch of this start.
-        waiting: how many the part above has still to train on."""
+        """In a server's thread: g of one minibatch. waiting: how many the part above still has."""
         with self.changed:
             if start == self.link.start and clock in self.on_their_way:
                 self.returned[clock] = g
@@ -245,9 +233,8 @@ class Delayed(Source):
 
 
 class Locked(Source):
-    """The true gradient of the present minibatch, for which the part waits (update-locked, section
-    1). Through a chain of such parts this is backprop. It is asked for: thrown and thrown back, it
-    would take 2.1 times as long."""
+    """The true gradient of the present minibatch: the part waits (update-locked, section 1). In a
+    chain this is backprop. It is asked for; thrown and thrown back it would take twice as long."""
     locked = True
 
     def gradients(self, h, y, clock, tell):
@@ -260,8 +247,7 @@ class Locked(Source):
 
 
 class Unguided(Source):
-    """A part that needs nothing from above: it only waits until the part above, which must train
-    on what it throws, is at most `bound` minibatches behind."""
+    """Needs nothing from above, but waits while the part above is `bound` minibatches behind."""
 
     def gradients(self, h, y, clock, tell):
         if h is not None:

@@ -7,9 +7,8 @@
 train_output.py throws examples (i, h, y, clock, g) at it, with the true gradients g. It keeps the
 newest of them, because gradients age as the network learns, and trains over them in a loop,
 minimising the mean of (ĝ − g)² (paper, eq. 5). train_input.py asks it for ĝ(h), or ĝ(h, y), and
-waits for the answer. The oracle keeps nothing on disk. After a restart, the part below waits until
-TensorFlow has started. Then the oracle answers zeros until it has learned from new gradients. The
-part below makes at most --staleness updates along zeros, and then waits.
+waits for the answer. Nothing is kept on disk. After a restart the part below waits for TensorFlow,
+makes at most --staleness updates along zeros, and waits until the oracle has learned again.
 """
 import math
 import sys
@@ -45,8 +44,7 @@ def make_model(dims):
 
 
 def forward(activations, weights, h):
-    """What the Keras model computes, in NumPy: 0.05 ms, where a compiled TensorFlow call takes 0.4
-    ms, and 2.4 ms behind a training step (100 × 24)."""
+    """What the model computes, in NumPy: 0.05 ms; a TensorFlow call takes 0.4, or 2.4 if busy."""
     for activate, (w, *b) in zip(activations, weights, strict=True):
         h = activate(h @ w + b[0] if b else h @ w)
     return h
@@ -77,9 +75,8 @@ def compiled_training(model, learning_rate, batch_size, xla=True):
     """STEPS steps of Adam as one call: inputs and targets (STEPS · batch, dim) -> the mean loss and
     the weights after it.
 
-    One call, because it runs without Python's lock, so that the threads that answer questions are
-    not starved, and because Keras' own train_on_batch takes longer for one step than this for all
-    of them. XLA compiles it, where it can. The first call compiles.
+    One call runs without Python's lock, so that the threads that answer are not starved. Keras' own
+    train_on_batch takes longer for one step than this for all of them. The first call compiles.
     """
     import keras
     import tensorflow as tf
@@ -113,8 +110,7 @@ def compiled_training(model, learning_rate, batch_size, xla=True):
 
 class Model:
     """The Keras model between two changes of scale: it sees h standardised, and learns g divided by
-    the present root mean square of g. True gradients shrink as the network learns; so the model
-    need not follow that. The training loop owns it."""
+    its present root mean square, because true gradients shrink as the network learns."""
 
     def __init__(self, dims, learning_rate, batch_size, seed):
         import keras
@@ -150,8 +146,8 @@ class Model:
 class Oracle:
     """What has been learned from (activation, gradient) examples, and the examples.
 
-    The training loop calls start() and train(). Servers' threads call add() and guess(); they read
-    `published`, which is replaced whole. labels: the width of y, if the model sees it, else 0.
+    The training loop calls start() and train(), and owns the model. Servers' threads call add(),
+    and guess(), which reads `published`; that is replaced whole. labels: y's width, or 0: not seen.
     """
 
     def __init__(self, dims, labels, keep, replay, learning_rate, batch_size, seed, stream=()):
@@ -190,11 +186,8 @@ class Oracle:
             self.examples.add(inputs, g, clock, start)
 
     def train(self, seconds=0):
-        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so.
-
-        All that has arrived since the last call is among them. So `newest` is the newest clock that
-        has arrived, of the start that the last arrival is of.
-        """
+        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so. All
+        that is new is among them, so `newest` is the newest clock of the last arrival's start."""
         drawn = self.examples.draw(self.per_call, self.rng, seconds, newest_first=True)
         if not drawn:
             return False

@@ -1,6 +1,6 @@
 """Carries a link's messages between processes: what links.py calls, and what servers answer.
 
-    Above             below   the part and the oracle above: throws, asks, waits, checks that they fit
+    Above             below   the part and the oracle above: throws, asks, waits, checks
     post_gradients    above   throws gradients at the oracle, or at the part below
     serve_part        above   answers the part below
     serve_gradients   below,  takes gradients

@@ -11,8 +11,7 @@ The symbols are the same here, in the README and in the protocol:
     g       the gradient dL/dh, one row per example: what backprop hands from layer to layer
 
 Everything works on a minibatch: x, y, h and g have the shape (batch, dim). The code is written to
-be read, not to be fast. One example at a time (--batch-size 1) is SGD as textbooks describe it. The
-trainers of the decoupled run use the same layers, and their loops call the same functions.
+be read, not to be fast. One example at a time (--batch-size 1) is SGD as textbooks describe it.
 """
 import time
 from itertools import pairwise
@@ -29,10 +28,9 @@ from plumbing.errors import Diverged
 class Sigmoid:
     """σ(z) = 1 / (1 + e^−z), in the form that cannot overflow.
 
-    gain: by how much weights must be larger than those of a linear layer, so that a signal passes
-    undiminished. It is 1 / σ'(0). A ReLU's is √2, because it lets half of its inputs pass (He et
-    al. 2015, eq. 10). mean: of h at the start, when z is near zero; 0 for a ReLU, roughly.
-    """
+    gain: by how much weights must be larger than a linear layer's to pass a signal on undiminished,
+    1 / σ'(0). A ReLU's is √2, since half of its inputs pass (He et al. 2015, eq. 10). mean: of h at
+    the start, when z is near zero; about 0.4 for a ReLU."""
     gain = 4
     mean = 0.5
 
@@ -60,7 +58,7 @@ class Linear:
 
 
 class Softmax:
-    """h = e^z / Σ e^z: the last layer's activation where y is a class; h is never exactly zero."""
+    """h = e^z / Σ e^z, never exactly zero: the last layer's activation where y is a class."""
     gain = 1
 
     @staticmethod
@@ -83,8 +81,8 @@ HIDDEN = Sigmoid  # the activation of every hidden layer
 class MeanSquare:
     """y is a number, (batch, 1): L = ½ (ŷ − y)², reported as the MSE, without the ½."""
     activation = Linear                           # of the last layer
-    score, label = "test_mse", "held-out MSE"     # its column in metrics.csv, which begins with
-    y_is, constant = "numbers", "the mean"        # test_; and words for people
+    score, label = "test_mse", "held-out MSE"     # its column in metrics.csv: test_…; and words
+    y_is, constant = "numbers", "the mean"
 
     @staticmethod
     def loss(y_hat, y):
@@ -127,14 +125,6 @@ NUMBER, CLASS = MeanSquare, CrossEntropy
 def task_of(k):
     """The task where y is (batch, k)."""
     return NUMBER if k == 1 else CLASS
-
-
-def test_score(layers, x, y):
-    """The score of a whole network on held-out x and y."""
-    return task_of(y.shape[1]).test(feed_forward(layers, x), y)
-
-
-# ---- layers ----
 
 
 class Layer:
@@ -196,8 +186,8 @@ def make_layers(dims, rng, last=None, input_mean=0.0):
     """[2, 24, 12, 1] -> three layers. The last one's activation is `last`, or what fits y's width.
 
     Weights start at N(0, gain² · 2 / (input_dim + output_dim)) (Glorot & Bengio 2010, eq. 12, 16).
-    Biases start so that an input at its mean gives z = 0, the middle of a sigmoid. Without that,
-    deep stacks pass on no signal. `input_mean` is the mean of what the first layer is given.
+    Biases start so that an input at its mean gives z = 0, the middle of a sigmoid; else deep stacks
+    pass on no signal. `input_mean`: of what the first layer is given.
     """
     layers = []
     for n, (input_dim, output_dim) in enumerate(pairwise(dims), 2):
@@ -215,7 +205,9 @@ def layers_from_weights(weights):
     return [*(Layer(*each, HIDDEN) for each in hidden), Layer(w, b, task_of(len(b)).activation)]
 
 
-# ---- training ----
+def test_score(layers, x, y):
+    """The score of a whole network on held-out x and y."""
+    return task_of(y.shape[1]).test(feed_forward(layers, x), y)
 
 
 def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
@@ -223,9 +215,8 @@ def minibatches(num_examples, batch_size, num_epochs, seed, skip=0):
 
     Random numbers come from streams [seed, n, ...]: 1 for the lowest part (here and in
     in_process.py for all layers), 2 for the highest part and its replay, 3 for the oracle, 4 and
-    the epoch for this, 5 for shuffled gradients, 6 and its widths for a middle part, so that two of
-    the same widths start alike, 7 for the head of a local loss. in_process.py has streams 2, 3, 5
-    and 7 for each cut, with its width.
+    the epoch for this, 5 for shuffled gradients and heads, 6 and its widths for a middle part (two
+    of the same widths start alike). In in_process.py 2, 3 and 5 have the width of the cut, too.
     """
     first, start = divmod(skip, num_examples)
     for epoch in range(first, num_epochs):
@@ -266,8 +257,8 @@ def main():
         task, constant = task_of(loaded.y.shape[1]), data.constant_guess(loaded, task_of)
         data.check_targets(loaded, args.layers[-1], "--layers", task.y_is)
         columns = ["seconds", "examples", "epoch", task.score]
-        progress = runs.Progress(args.progress_dir, columns, vars(args) | {
-            "constant_guess": constant})
+        progress = runs.Progress(args.progress_dir, columns,
+                                 vars(args) | {"constant_guess": constant})
         print(data.describe(loaded, task, constant))
         run(args, loaded, progress)
 

@@ -11,6 +11,7 @@ import pytest
 
 from plumbing import check_machine, launch
 from plumbing.launch import STOP_SECONDS, command_lines, free_first_port, parse, widths
+from plumbing.runs import read_metrics
 from tests.processes import ROOT, status, wait_until
 
 
@@ -86,37 +87,39 @@ PAGE = ("plot.py --port 5004 --live progress --oracle-server 127.0.0.1:5001 "
 
 def input_trainer(gradients, above=5002):
     return ("train_input.py --port 5003 --layers 2 24 --oracle-server 127.0.0.1:5001 "
-            f"--output-server 127.0.0.1:{above} --gradients {gradients} --progress-dir progress "
+            f"--output-server 127.0.0.1:{above} --progress-dir progress --gradients {gradients} "
             "--seed 0 x.npy y.npy")
 
 
-def output_trainer(layers, oracle):
-    return (f"train_output.py --port 5002 --layers {layers} --oracle-server 127.0.0.1:{oracle} "
+def output_trainer(layers, back):
+    """back: where its gradients go."""
+    return (f"train_output.py --port 5002 --layers {layers} --oracle-server {back} "
             "--progress-dir output_progress --seed 0")
 
 
 def test_the_default_is_what_four_terminals_start():
     assert composed() == {
         "oracle1": "oracle.py --port 5001 --layers 24 64 64 24 --seed 0",
-        "output": output_trainer("24 12 1", 5001), "page": PAGE,
+        "output": output_trainer("24 12 1", "127.0.0.1:5001"), "page": PAGE,
         "input": input_trainer("synthetic")}
 
 
-def test_true_gradients_need_no_oracle():
-    assert composed("--gradients", "true") == {
-        "output": output_trainer("24 12 1", 5001), "page": PAGE, "input": input_trainer("true")}
+def test_shuffled_guesses_need_the_same_processes_as_guesses():
+    assert list(composed("--gradients", "shuffled")) == list(composed())
 
 
-def test_delayed_gradients_go_back_to_the_input_trainer():
-    assert composed("--gradients", "delayed") == {
-        "output": output_trainer("24 12 1", 5003), "page": PAGE, "input": input_trainer("delayed")}
+@pytest.mark.parametrize("gradients, back", [
+    ("true", "none"), ("local", "none"), ("zero", "none"), ("delayed", "127.0.0.1:5003")])
+def test_other_gradients_need_no_oracle_and_only_delayed_ones_go_back(gradients, back):
+    assert composed("--gradients", gradients) == {
+        "output": output_trainer("24 12 1", back), "page": PAGE, "input": input_trainer(gradients)}
 
 
-def middle_trainer(k, layers, lower, above):
+def middle_trainer(k, layers, back, above, gradients="synthetic"):
     port = 5010 + 2 * k
     return (f"train_middle.py --port {port} --layers {layers} --lower-oracle-server "
-            f"127.0.0.1:{lower} --oracle-server 127.0.0.1:{port + 1} --output-server "
-            f"127.0.0.1:{above} --progress-dir middle{k}_progress")
+            f"{back} --oracle-server 127.0.0.1:{port + 1} --output-server "
+            f"127.0.0.1:{above} --progress-dir middle{k}_progress --gradients {gradients} --seed 0")
 
 
 FOUR = "--parts", "2-24", "24-12", "12-8", "8-1"
@@ -127,44 +130,45 @@ def test_a_chain_of_four_parts_has_three_oracles_that_see_labels():
         "oracle1": "oracle.py --port 5001 --layers 24 64 64 24 --condition-on-labels 1 --seed 0",
         "oracle2": "oracle.py --port 5013 --layers 12 64 64 12 --condition-on-labels 1 --seed 0",
         "oracle3": "oracle.py --port 5015 --layers 8 64 64 8 --condition-on-labels 1 --seed 0",
-        "output": output_trainer("8 1", 5015),
-        "middle1": middle_trainer(1, "24 12", 5001, 5014) + " --seed 0",
-        "middle2": middle_trainer(2, "12 8", 5013, 5002) + " --seed 0",
+        "output": output_trainer("8 1", "127.0.0.1:5015"),
+        "middle1": middle_trainer(1, "24 12", "127.0.0.1:5001", 5014),
+        "middle2": middle_trainer(2, "12 8", "127.0.0.1:5013", 5002),
         "page": f"{PAGE} --also 127.0.0.1:5013 127.0.0.1:5015 127.0.0.1:5012 127.0.0.1:5014",
         "input": input_trainer("synthetic", above=5012)}
 
 
-def test_true_gradients_through_a_chain_are_asked_for_at_every_link():
-    commands = composed(*FOUR, "--gradients", "true")
-    assert list(commands) == ["output", "middle1", "middle2", "page", "input"]
-    assert all("--gradients true" in commands[name] for name in ("input", "middle1", "middle2"))
-    assert commands["page"] == f"{PAGE} --also 127.0.0.1:5012 127.0.0.1:5014"
-
-
-def test_delayed_gradients_in_a_chain_replace_the_lowest_oracle_only():
-    commands = composed(*FOUR, "--gradients", "delayed")
-    assert [name for name in commands if name.startswith("oracle")] == ["oracle2", "oracle3"]
-    assert commands["middle1"] == middle_trainer(1, "24 12", 5003, 5014) + " --seed 0"
-    assert "--gradients" not in commands["middle1"]
+@pytest.mark.parametrize("gradients", ["true", "local", "zero", "delayed"])
+def test_every_part_of_a_chain_but_the_highest_has_the_same_gradients(gradients):
+    back = ([f"127.0.0.1:{port}" for port in (5003, 5012, 5014)] if gradients == "delayed"
+            else ["none"] * 3)  # delayed ones go to the part below
+    assert composed(*FOUR, "--gradients", gradients) == {
+        "output": output_trainer("8 1", back[2]),
+        "middle1": middle_trainer(1, "24 12", back[0], 5014, gradients),
+        "middle2": middle_trainer(2, "12 8", back[1], 5002, gradients),
+        "page": f"{PAGE} --also 127.0.0.1:5012 127.0.0.1:5014",
+        "input": input_trainer(gradients, above=5012)}
 
 
 def test_each_option_goes_to_the_processes_that_have_it():
     commands = composed(
         "--parts", "784-256", "256-256", "256-10", "--oracle-layers", "--seed", "7", "--resume",
         "--progress-dir", "runs/deep", "--token-file", "secret", "--port", "6000", "--first-port",
-        "6001", "--learning-rate", "0.3", "--held-out", "10000", "--allow-host", "hub",
-        "--allow-host", "hub.example")
+        "6001", "--batch-size", "50", "--staleness", "9", "--learning-rate", "0.3", "--head",
+        "--head-rate", "0.2", "--held-out", "10000", "--allow-host", "hub", "--allow-host",
+        "hub.example")
     for name, command in commands.items():
         assert "--token-file secret" in command
         assert "--allow-host hub --allow-host hub.example" in command
         assert ("--seed 7" in command) == (name != "page")
         assert ("--resume" in command) == (name in ("input", "middle1", "output"))
-        assert ("--learning-rate 0.3" in command) == (name == "input")
+        assert ("--batch-size 50" in command) == (name in ("input", "middle1", "output"))
+        assert ("--staleness 9 --learning-rate 0.3 --head --head-rate 0.2" in command) == (
+            name in ("input", "middle1"))
     assert commands["oracle1"].startswith(
         "oracle.py --port 6001 --layers 256 256 --condition-on-labels 10 ")
     assert "--progress-dir runs/output_deep " in commands["output"]
     assert "--progress-dir runs/middle1_deep " in commands["middle1"]
-    assert commands["input"].endswith("x.npy y.npy --learning-rate 0.3 --held-out 10000")
+    assert commands["input"].endswith("x.npy y.npy --held-out 10000")
     assert " --port 6000 " in commands["input"]
     assert "--input-server 127.0.0.1:6000" in commands["page"]
 
@@ -248,6 +252,19 @@ def test_nobody_is_left_behind_when_a_run_ends(tmp_path, small_data):
         assert {"oracle.py", "train_output.py", "train_input.py"} <= set(launched.started())
         assert launched.end(60) == 0
     assert '"ended": "finished"' in (tmp_path / "progress" / "run.json").read_text()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("gradients", ["local", "delayed", "true"])
+def test_a_chain_of_three_parts_learns_without_an_oracle(gradients, tmp_path, small_data):
+    with Launched(tmp_path, *small_data, "--gradients", gradients, "--parts", "2-24", "24-12",
+                  "12-1", "--num-epochs", 20) as launched:
+        launched.wait_for_training()
+        assert set(launched.started()) == {"train_output.py", "train_middle.py", "train_input.py",
+                                           "plot.py"}
+        assert launched.end(60) == 0
+    reached = read_metrics(tmp_path / "progress")["test_mse"]
+    assert reached[-1] < 0.7 * reached[0], reached
 
 
 @pytest.mark.processes

@@ -38,8 +38,8 @@ def flood(port, path, columns, numbers, until, accepted):
 
 
 def messages():
-    """What one to the output trainer and one to the oracle hold besides i, clock and start: as large as in
-    a training."""
+    """What one to the output trainer and one to the oracle hold besides i, clock and start: as
+    large as in a training."""
     rng = np.random.default_rng(0)
     examples = {"h": rng.random((ROWS, WIDTH), "f"), "y": rng.normal(size=(ROWS, 1)).astype("f")}
     return examples, examples | {"gradients": 0.01 * rng.normal(size=(ROWS, WIDTH)).astype("f")}
