@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EPOCHS ?= 16
+EPOCHS ?= 8
 PARTS ?= 2-24 24-12 12-1
 BIN = $(VENV)/bin
 # "broken" if an upgrade has taken the environment's Python or its packages. It is made again.

@@ -21,6 +21,7 @@ import numpy as np
 
 from plumbing.bar import progress_bar
 from plumbing.errors import Diverged
+from plumbing.report import machine
 
 # ---- activations: to add a hidden one, write a class like Sigmoid and name it in HIDDEN ----
 
@@ -258,7 +259,7 @@ def main():
         data.check_targets(loaded, args.layers[-1], "--layers", task.y_is)
         columns = ["seconds", "examples", "epoch", task.score]
         progress = runs.Progress(args.progress_dir, columns,
-                                 vars(args) | {"constant_guess": constant})
+                                 vars(args) | {"constant_guess": constant, "machine": machine()})
         print(data.describe(loaded, task, constant))
         run(args, loaded, progress)
 

@@ -26,6 +26,7 @@ from plumbing import process
 from plumbing.bar import progress_bar
 from plumbing.errors import FileError, NoAnswer, Refused
 from plumbing.part import Part
+from plumbing.report import machine
 from sgd import (HIDDEN, backprop, feed_forward, layers_from_weights, make_layers, minibatches,
                  schedule, task_of, test_score)
 
@@ -87,6 +88,7 @@ class Run:
         self.link = LowerEnd(self.part, above, process.START, self.k, args,
                              np.random.default_rng([args.seed, 5]))
         self.examples, self.seconds, self.row, self.progress = 0, 0.0, {}, None
+        self.began = time.perf_counter()
         self.updates_above, self.state = None, "waiting for the other processes"
 
     def connect(self):
@@ -103,7 +105,9 @@ class Run:
         self.progress = runs.Progress(args.progress_dir, [
             "seconds", "examples", "epoch", self.score, "gradient_cosine", "staleness",
             "staleness_p95", "waits", "waited", "updates"],
-            {**vars(args), "token": None, "constant_guess": self.constant}, args.resume)
+            {**vars(args), "token": None, "constant_guess": self.constant,
+             "seconds_until_ready": time.perf_counter() - self.began, "machine": machine()},
+            args.resume)
 
     def save(self):
         bounded = self.link.bounded

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from plumbing import options, say
+from plumbing import options, report, say
 from plumbing.process import on_stop
 from plumbing.wire import holder
 
@@ -232,4 +232,7 @@ def catch_signals():
 
 if __name__ == "__main__":
     signals = catch_signals()
-    sys.exit(run(command_lines(parse(sys.argv[1:])), signals))
+    args = parse(sys.argv[1:])
+    if code := run(command_lines(args), signals):
+        sys.exit(code)
+    print(*report.summary(args.progress_dir), sep="\n")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import exchange
@@ -25,6 +25,8 @@ from plumbing.wire import MAX_BODY, encode, rows_per_message
 from sgd import HIDDEN, feed_forward, make_layers, task_of
 from tests.processes import wait_until
 
+ANY_SPEED = settings(max_examples=100, deadline=None,
+                     suppress_health_check=[HealthCheck.too_slow])
 START, BEFORE = 7, 8  # of this start of the part below, and of the one before a crash
 
 
@@ -163,7 +165,7 @@ def test_a_minibatch_larger_than_the_bound_is_still_thrown():
 # ---- what is stored ----
 
 
-@settings(max_examples=100)
+@ANY_SPEED
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 50))
 def test_the_newest_examples_are_kept_and_no_others(sizes, keep):
     examples, sent = Replay(keep, replay=1e9), np.arange(sum(sizes))
@@ -176,7 +178,7 @@ def test_the_newest_examples_are_kept_and_no_others(sizes, keep):
     assert examples.counters() == {"received": len(sent), "stored": stored, "drawn": 2000}
 
 
-@settings(max_examples=100)
+@ANY_SPEED
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 50),
        st.integers(1, 40))
 def test_the_newest_first_all_that_has_come_since_the_last_draw_is_in_the_next(sizes, keep, count):
