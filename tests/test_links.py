@@ -336,7 +336,7 @@ def test_a_message_of_several_gradients_is_taken_back_minibatch_by_minibatch():
         link.source.part.layers[0].feed_forward(h[:, :2])
         list(link.gradients(h, y, int(clock[0]), "tell"))
     assert provide(link.take_back, 2, *thrown) == 400, "y is of another width"
-    assert provide(link.take_back, 1, *thrown, columns([0], 0, 3, BEFORE)) == 200
+    assert provide(link.take_back, 1, *thrown, columns([0], 2, 3, BEFORE)) == 200
     for (g, tell), (_, h, _, _, _) in zip(link.gradients(clock=3), thrown, strict=True):
         np.testing.assert_allclose(g, h - h.mean(axis=0), atol=1e-5)
         assert tell == "tell"
