@@ -1,7 +1,7 @@
 """`make mutants`: changes the code in small ways, one at a time, and prints what no fast test
 notices.
 
-    python -m tests.mutants                # sgd.py, exchange.py, synthgrad.py, the trainers' loops
+    python -m tests.mutants                # sgd.py, exchange.py, links.py, synthgrad.py, loops
     python -m tests.mutants 'exchange.*'   # names of mutmut's, with * for anything
 
 mutmut (https://mutmut.readthedocs.io) makes the changes, in the folder mutants/. What it changes
@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-LOOPS = ["sgd.*", "exchange.*", "synthgrad.*", "train_input.x_train__*",
+LOOPS = ["sgd.*", "exchange.*", "links.*", "synthgrad.*", "train_input.x_train__*",
          "train_input.x_mean_cosine__*", "train_middle.x_train__*", "train_output.x_train__*"]
 NOT_ALGORITHM = r"sgd\.x_main__"  # the command line
 

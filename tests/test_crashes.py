@@ -67,7 +67,7 @@ def test_the_output_trainer_continues_from_its_own_checkpoint(tmp_path, small_da
 
 
 @pytest.mark.parametrize("batch_size, staleness, on, oracle", [
-    (1, 250, 2300, []), (10, 50, 1000, []), (100, 5, 1000, []), (1, 20, 1000, ["--replay", 50])])
+    (1, 250, 2300, []), (10, 50, 600, []), (100, 5, 600, []), (1, 20, 600, ["--replay", 50])])
 def test_a_small_bound_never_stops_a_run_not_even_after_kill_9(
         batch_size, staleness, on, oracle, tmp_path, small_data):
     """The oracle trains again after exactly as many gradients as this bound lets through. A part
@@ -75,13 +75,17 @@ def test_a_small_bound_never_stops_a_run_not_even_after_kill_9(
     with Three(tmp_path, oracle=oracle, input=[
             *small_data, "--num-epochs", 10**6, "--batch-size", batch_size, "--staleness",
             staleness, "--snapshot-seconds", 0.5]) as three:
-        three.start()
-        wait_until(lambda: three.updates() > on, "training")
+        def goes_on_to(updates):
+            for mark in range(three.updates() + 50, updates, 50):
+                wait_until(lambda: three.updates() > mark, "50 updates", 10)  # noqa: B023
+        three.start("oracle", "output")
+        three.wait_until_ready("oracle", "output")
+        three.start("input")
+        wait_until(three.updates, "it to begin")
+        goes_on_to(on)
         three.kill("input")
         three.start("input", extra=["--resume", *["--staleness", 4] * (staleness == 5)])
-        resumed = wait_until(three.updates, "it to resume", timeout=10)
-        wait_until(lambda: three.updates() > resumed + 200, "it to go on", timeout=20)
-        assert "waiting for the " not in three.log("input"), "for more than a second"
+        goes_on_to(wait_until(three.updates, "it to resume") + 200)
 
 
 @pytest.mark.parametrize("gradients", ["zero", "local"])

@@ -112,7 +112,6 @@ def test_layer_1_learns_without_an_oracle(gradients, tmp_path, noisy_data):
         assert three.wait_for_input(60) == 0, three.log("input")
         reached = three.metrics("test_mse")[-1]
         assert reached < 0.8 * data.constant_guess(data.load(*noisy_data), task_of), reached
-        assert three.status("output")["gradients_sent"]["dropped"] == 0
 
 
 def test_delayed_gradients_come_back_soon_also_after_a_stall_and_none_is_skipped(
