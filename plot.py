@@ -241,8 +241,8 @@ def main():
         help="further processes to ask: the middle trainers and oracles of a chain")
     args = parser.parse_args()
     if args.live:
-        from plumbing import live, serving
-        serving.run(lambda args, stop: live.main(draw_live, args, stop), parser)
+        from plumbing import live, process
+        process.run(lambda args, stop: live.main(draw_live, args, stop), parser)
     folders = list(dict.fromkeys(args.runs)) or runs_here()
     with options.one_line_errors(parser), file_errors():
         if not folders:

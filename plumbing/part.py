@@ -70,6 +70,8 @@ class Part:
         checkpoint every so many seconds, and a line now and then."""
         while not stop:
             minibatch = arrivals.next(0.2)
+            if time.monotonic() - self.saved > seconds:
+                self.try_to_save()
             if minibatch is None:
                 yield None
                 continue
@@ -78,8 +80,6 @@ class Part:
                 if clock is not None:
                     trace.flow_in("examples", clock)
                 yield minibatch  # until the train function wants the next one
-            if time.monotonic() - self.saved > seconds:
-                self.try_to_save()
             reporter.now_and_then(self.clock)
 
     def train(self, values, what):
