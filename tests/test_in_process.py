@@ -396,8 +396,8 @@ script, kinds, *words = sys.argv[1:]
 for kind in kinds.split():
     sys.argv = [script, *words, "--gradients", kind]
     runpy.run_path(script, run_name="__main__")
-print(json.dumps([started, [name for name in ("flask", "requests", "waitress", "tensorflow")
-                            if name in sys.modules]]))
+print(json.dumps([started, [name for name in (
+    "flask", "waitress", "requests", "plumbing.wire", "tensorflow") if name in sys.modules]]))
 """
 
 
@@ -416,4 +416,5 @@ def test_without_an_oracle_it_needs_neither_http_nor_tensorflow_nor_threads(smal
 
 @pytest.mark.processes
 def test_with_an_oracle_it_needs_tensorflow_but_no_http(small_data):
-    assert started_and_imported(small_data, "synthetic")[1] == ["tensorflow"]
+    imported = started_and_imported(small_data, "synthetic")[1]
+    assert set(imported) - {"requests"} == {"tensorflow"}  # Keras has requests
