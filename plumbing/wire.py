@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import requests
 from msgspec import UNSET, UnsetType
+from requests.adapters import HTTPAdapter
 from urllib3.util import parse_url
 
 from plumbing import MAX_MAGNITUDE
@@ -145,21 +146,24 @@ class Client:
             raise UserError(f"{server}: expected a server's address like "
                              f"127.0.0.1:{self.port or 5003}") from None
         self.url, self.timeout = f"http://{address.host}:{address.port or self.port}", timeout
-        self.session = requests.Session()
-        self.session.trust_env = False  # no proxy from the environment between these processes
-        self.headers = {"Content-Type": "application/json"}
+        self.adapter = HTTPAdapter()  # not a Session: no cookies, redirects, or proxies of the
+        self.headers = {"Content-Type": "application/json"}  # environment between these processes
         if token:
             self.headers["Authorization"] = f"Bearer {token}"
+        self.prepared = {}  # (method, path) -> a request without a body
 
     def call(self, method, path, body=None):
-        """The bytes that are answered.
-
-        The request is prepared without the session, whose merging of headers and cookies would take
-        0.3 of 1.4 ms.
-        """
-        request = requests.Request(method, self.url + path, self.headers, data=body).prepare()
+        """The bytes that are answered. A request is prepared once and copied: that, without a
+        session, takes three quarters of the time."""
+        if (method, path) not in self.prepared:
+            self.prepared[method, path] = requests.Request(
+                method, self.url + path, self.headers).prepare()
+        request = self.prepared[method, path].copy()
+        if body is not None:
+            request.body, request.headers["Content-Length"] = body, str(len(body))
         try:
-            answer = self.session.send(request, timeout=self.timeout, allow_redirects=False)
+            answer = self.adapter.send(request, timeout=self.timeout)
+            content = answer.content
         except requests.RequestException as error:
             reason = str(error)
             if len(reason) > 150:
@@ -170,7 +174,7 @@ class Client:
         if answer.status_code != 200:
             raise NoAnswer(f"{self.url}{path}: status {answer.status_code}, "
                            f"{answer.text[:150].strip()}")
-        return answer.content
+        return content
 
     def ask(self, kind, method, path, body=None, **expected):
         """The fields of the answer, which must be a `kind`."""
