@@ -156,6 +156,9 @@ class Source:
         """link: a LowerEnd; k: the width of y; args: of the program; rng: for what is drawn."""
         self.link, self.part, self.rng = link, part, rng
 
+    def throws(self, clock):
+        """The minibatch of this clock is about to be thrown."""
+
 
 class Synthetic(Source):
     """The oracle's guess ĝ for the present activations (section 2), centered. The part waits for
@@ -192,7 +195,7 @@ class Delayed(Source):
     def __init__(self, link, part, k, args, rng):
         super().__init__(link, part, k, args, rng)
         self.bound, self.changed = link.bounded.bound, threading.Condition()
-        self.window = 1         # how many may be on their way
+        self.window = link.above.window or self.bound  # how many may be on their way
         self.on_their_way = {}  # clock -> when it was thrown, its tell, (x, h) of each layer
         self.returned = {}      # clock -> g; servers add what is on its way, the loop takes it
 
@@ -201,14 +204,16 @@ class Delayed(Source):
         with self.changed:
             if start == self.link.start and clock in self.on_their_way:
                 self.returned[clock] = g
-                out = len(self.on_their_way) - len(self.returned)
-                self.window = min(self.bound, max(1, out - waiting + 1))
+                self.window = min(self.bound, max(1, len(self.on_their_way) - waiting + 1))
                 self.changed.notify()
+
+    def throws(self, clock):
+        inside = [(layer.x, layer.h) for layer in self.part.layers]
+        self.on_their_way[clock] = [time.perf_counter(), None, inside]
 
     def gradients(self, h, y, clock, tell):
         if h is not None:
-            inside = [(layer.x, layer.h) for layer in self.part.layers]
-            self.on_their_way[clock] = time.perf_counter(), tell, inside
+            self.on_their_way[clock][1] = tell
         yield from self.take(clock)
         while h is not None and len(self.on_their_way) > self.window:
             self.link.bounded.timed(lambda: self.something_came(clock))

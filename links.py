@@ -99,20 +99,14 @@ class UpperEnd:
                     self.back.throw_again(its_clock - 1)
                 continue
             tell = None if self.back is None else partial(self.tell, its_clock, *columns)
-            if every:
-                self.ask(*columns, tell)
-                continue
-            with self.changed:
-                self.queue("waiting", its_start, Minibatch(*columns[:3], its_clock, tell))
-                self.replay.add(*columns[1:3])
+            self.queue("due" if every else "waiting", its_start,
+                       Minibatch(*columns[:3], its_clock, tell))
 
     def ask(self, i, h, y, clock, start, tell):
         """In a server's thread: one minibatch, none of which is skipped. tell(g) gets its
         gradient."""
         self.refuse_more()
-        with self.changed:
-            self.queue("due", int(start[0]), Minibatch(i, h, y, int(clock[0]), tell))
-            self.replay.add(h, y)
+        self.queue("due", int(start[0]), Minibatch(i, h, y, int(clock[0]), tell))
 
     def refuse_more(self):
         if self.rows["due"] > 2 * THROWN:
@@ -124,11 +118,13 @@ class UpperEnd:
 
     def queue(self, name, start, minibatch):
         queue = getattr(self, name)
-        queue.append((start, minibatch))
-        self.rows[name] += len(minibatch.h)
-        while name == "waiting" and len(queue) > 2 and self.rows[name] > BACKLOG:
-            self.rows[name] -= len(queue.popleft()[1].h)
-            self.skipped += 1
+        with self.changed:
+            queue.append((start, minibatch))
+            self.rows[name] += len(minibatch.h)
+            while name == "waiting" and len(queue) > 2 and self.rows[name] > BACKLOG:
+                self.rows[name] -= len(queue.popleft()[1].h)
+                self.skipped += 1
+            self.replay.add(minibatch.h, minibatch.y)
 
     def nudge(self):
         """Have next() return at once: a gradient has come back from above."""
@@ -173,7 +169,7 @@ class LowerEnd:
     """What a part calls of the link above it: throw() and gradients().
 
     above carries the messages: throw(*columns), throw_again(after), guess(h, y), trained(),
-    true_gradients(*columns), wait(attempt) and news_seconds. start: a number that another start of
+    true_gradients(*columns), wait(attempt), window and news_seconds. start: a number that another start of
     this part does not have.
     """
 
@@ -190,6 +186,7 @@ class LowerEnd:
         with trace.span("throw", clock=clock):
             trace.flow_out("examples", clock)
             self.thrown = i, h, y, np.full(len(i), clock), np.full(len(i), self.start)
+            self.source.throws(clock)  # first, for its gradient may be back at once
             if not self.source.locked:
                 self.above.throw(*self.thrown)
 

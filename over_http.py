@@ -56,8 +56,9 @@ def serve_part(app, arrivals, network, weights):
         key = int(columns[4][0]), int(columns[3][0])
         with asking:  # a question that is asked again gets the same answer
             if key not in answers:
-                answers[key] = concurrent.futures.Future()
-                arrivals.ask(*columns, answers[key].set_result)
+                answer = concurrent.futures.Future()
+                arrivals.ask(*columns, answer.set_result)  # may refuse; then it is asked again
+                answers[key] = answer
             answer = answers[key]
             while len(answers) > serving.THREADS:
                 del answers[next(iter(answers))]
@@ -91,6 +92,7 @@ class Above:
     throw, throw_again, guess, true_gradients, trained, wait and news_seconds are what
     links.LowerEnd calls.
     """
+    window = 1          # delayed gradients that may be on their way at first
     news_seconds = 0.2  # that one try waits for a gradient, so that a stop request is noticed
 
     def __init__(self, args, stop):

@@ -50,7 +50,7 @@ class Cut:
     part is the one below. train(minibatches) is a generator that trains the part above; `higher` is
     the cut above that one, or None.
     """
-    news_seconds = 0
+    news_seconds, window = 0, None  # only --delay says how late gradients are
 
     def __init__(self, args, part, train, higher, k, num_examples):
         width, self.part, self.train, self.higher = len(part.layers[-1].b), part, train, higher

@@ -7,6 +7,7 @@ writes one trace, of all its processes, into timeline/: open it with https://ui.
 timeline.png shows ten updates of layer 1 of both.
 """
 import collections
+import contextlib
 import json
 import statistics
 import sys
@@ -187,6 +188,8 @@ def run(name, extra, argv, signals):
 def far(words, option):
     """Put a slow network before the server that a command has as its `option`; it can be closed."""
     target = words[words.index(option) + 1]
+    if target == "none":
+        return contextlib.nullcontext()
     slow = proxy.Proxy(int(target.rpartition(":")[2]), AWAY)
     words += [option, f"127.0.0.1:{slow.port}"]  # the last one counts
     return slow

@@ -650,6 +650,15 @@ def test_a_delayed_gradient_is_applied_once_to_its_own_minibatch_the_oldest_firs
     assert [age for age, _ in link.bounded.recent] == [4, 3, 2, 7, 1], "the ages of those updates"
 
 
+def test_a_gradient_that_is_back_before_it_is_asked_for_is_applied_at_once():
+    link = delayed_link(window=1)
+
+    def throw(i, h, y, clock, start):
+        come_back(link, int(clock[0]))
+    link.above.throw = throw
+    assert [clocks_of(step(link, clock)) for clock in range(3)] == [[0], [1], [2]]
+
+
 def test_a_middle_part_applies_what_has_come_back_when_nothing_arrives():
     link = delayed_link()
     for clock in range(3):

@@ -332,8 +332,9 @@ def provide(add, k, *minibatches):
 def test_a_message_of_several_gradients_is_taken_back_minibatch_by_minibatch():
     link = delayed_link()
     thrown = [columns(range(rows), clock, width=3) for clock, rows in ((0, 2), (1, 5), (2, 3))]
-    for _, h, y, clock, _ in thrown:
+    for i, h, y, clock, _ in thrown:
         link.source.part.layers[0].feed_forward(h[:, :2])
+        link.throw(i, h, y, int(clock[0]))
         list(link.gradients(h, y, int(clock[0]), "tell"))
     assert provide(link.take_back, 2, *thrown) == 400, "y is of another width"
     assert provide(link.take_back, 1, *thrown, columns([0], 2, 3, BEFORE)) == 200
