@@ -1,4 +1,4 @@
-# make run | chain | try | sgd | plots | clean
+# make run | chain | try | timeline | sgd | plots | clean
 # make test | test-fast | lint | mutants
 # make bench | bench-busy | bench-chain | bench-crashes | bench-delay | bench-growth | bench-load
 #      bench-pace | bench-page | compare | digits | soak
@@ -52,6 +52,9 @@ BENCHES = bench bench-busy bench-chain bench-crashes bench-delay bench-growth be
 $(BENCHES): x.npy $(VENV)/tests-ready
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
+timeline: x.npy
+	@$(BIN)/python -m plumbing.timeline x.npy y.npy $(ARGS)
+
 x.npy: $(VENV)/ready
 	test -e x.npy -o -e y.npy || $(BIN)/python generate.py
 
@@ -68,7 +71,7 @@ $(VENV)/tests-ready: $(VENV)/ready tests/requirements.txt
 clean:
 	rm -rf progress progress.[0-9]* output_progress middle[0-9]*_progress middle_progress try \
 	  sgd_progress sgd_progress.[0-9]* synthetic_plots learning.gif guesses.gif \
-	  learning_curves.png .pytest_cache .hypothesis .ruff_cache
+	  learning_curves.png timeline timeline.png .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 .PHONY: always run chain try timeline lint test test-fast mutants sgd plots clean $(BENCHES)

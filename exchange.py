@@ -29,11 +29,13 @@ class Replay:
         self.keep, self.replay, self.changed = keep, replay, threading.Condition()
         self.columns, self.received, self.drawn, self.allowed, self.fresh = None, 0, 0, 0.0, 0
         self.seen = {}  # (start, clock) of minibatches, the newest last; at most 2 · SEEN
+        self.starts = {}  # of the part below, the newest last
 
     def is_new(self, start, clock):
         """Whether this minibatch comes for the first time: what is thrown again counts once."""
         with self.changed:
             new = (start, clock) not in self.seen
+            self.starts.setdefault(start)
             self.seen[start, clock] = None
             if len(self.seen) > 2 * SEEN:
                 self.seen = dict.fromkeys(list(self.seen)[-SEEN:])
@@ -71,10 +73,19 @@ class Replay:
             # mode="clip" makes take() twice as fast as columns[rows]
             return [each.take(rows, axis=0, mode="clip") for each in self.columns]
 
+    def newest_start(self):
+        """What is of another one is of before a restart, and comes late."""
+        return next(reversed(self.starts), None)
+
     def counters(self):
         with self.changed:
             return {"received": self.received, "stored": min(self.received, self.keep),
                     "drawn": self.drawn}
+
+
+def later(known, newest):
+    """The later one of two minibatches (start, clock), where `newest` is of the newest start."""
+    return max(known, newest) if known and known[0] == newest[0] else newest
 
 
 class BoundedStaleness:
@@ -215,7 +226,8 @@ class Delayed(Source):
         if h is not None:
             self.on_their_way[clock][1] = tell
         yield from self.take(clock)
-        while h is not None and len(self.on_their_way) > self.window:
+        while h is not None and (len(self.on_their_way) > self.window  # too many, or one is lost
+                                 or min(self.on_their_way, default=clock) <= clock - self.bound):
             self.link.bounded.timed(lambda: self.something_came(clock))
             yield from self.take(clock)
 

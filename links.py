@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from exchange import SOURCES, BoundedStaleness
+from exchange import SOURCES, BoundedStaleness, later
 from plumbing import trace
 from plumbing.errors import Refused, UserError
 from plumbing.posting import THROWN
@@ -138,14 +138,14 @@ class UpperEnd:
             self.changed.wait_for(lambda: self.nudged or self.due or self.waiting
                                   or self.replay.allowed >= self.batch_size, seconds)
             self.nudged = False
-            due = self.due and self.replay.allowed <= BEHIND * self.replay.replay * self.batch_size
+            due = self.due and self.replay.allowed <= (
+                max(1, BEHIND * self.replay.replay) * self.batch_size)
             if due or self.waiting:
                 name = "due" if due else "waiting"
                 start, minibatch = self.due.popleft() if due else self.waiting.pop()
                 self.rows[name] -= len(minibatch.h)
-                newest = start, minibatch.clock
-                if not self.trained or self.trained[0] != start or self.trained < newest:
-                    self.trained = newest
+                if start == self.replay.newest_start():
+                    self.trained = later(self.trained, (start, minibatch.clock))
                 return minibatch
             drawn = self.replay.draw(self.batch_size, self.rng)
             return Minibatch(None, *drawn) if drawn else None
@@ -169,8 +169,8 @@ class LowerEnd:
     """What a part calls of the link above it: throw() and gradients().
 
     above carries the messages: throw(*columns), throw_again(after), guess(h, y), trained(),
-    true_gradients(*columns), wait(attempt), window and news_seconds. start: a number that another start of
-    this part does not have.
+    true_gradients(*columns), wait(attempt), window and news_seconds. start: a number that another
+    start of this part does not have.
     """
 
     def __init__(self, part, above, start, k, args, rng):

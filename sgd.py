@@ -255,12 +255,11 @@ def main():
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
         data.check_columns(loaded, args.layers)
-        task, constant = task_of(loaded.y.shape[1]), data.constant_guess(loaded, task_of)
-        data.check_targets(loaded, args.layers[-1], "--layers", task.y_is)
-        columns = ["seconds", "examples", "epoch", task.score]
-        progress = runs.Progress(args.progress_dir, columns,
-                                 vars(args) | {"constant_guess": constant, "machine": machine()})
-        print(data.describe(loaded, task, constant))
+        data.check_targets(loaded, args.layers[-1], "--layers", task_of)
+        columns = ["seconds", "examples", "epoch", task_of(loaded.y.shape[1]).score]
+        progress = runs.Progress(args.progress_dir, columns, vars(args) | {
+            "constant_guess": data.constant_guess(loaded, task_of), "machine": machine()})
+        print(data.describe(loaded, task_of))
         run(args, loaded, progress)
 
 

@@ -96,7 +96,7 @@ class Run:
         args, part, bounded = self.args, self.part, self.link.bounded
         self.above.connect(self.k, len(self.data.x))
         data.check_targets(self.data, self.above.network[-1], "the network of all --layers",
-                           task_of(self.k).y_is)
+                           task_of)
         resumed = args.resume and part.resume(True, self.link.source.layers)
         part.besides = list(self.link.source.layers)
         self.above.check_use(resumed, part)
@@ -215,7 +215,7 @@ def main(args, stop):
     serve_gradients(app, args.layers[-1], lambda: run.k, run.link.take_back)
     serving.serve(app, listener, args)
     run.connect()
-    say(data.describe(loaded, task_of(run.k), run.constant))
+    say(data.describe(loaded, task_of))
     with run.progress.ending():
         try:
             run.train()

@@ -164,15 +164,14 @@ def main():
     args = train_input.with_rates(options.parse(parser))
     with options.one_line_errors(parser):
         loaded = data.load(args.x, args.y, args.held_out)
-        task = task_of(loaded.y.shape[1])
         data.check_columns(loaded, args.layers)
-        data.check_targets(loaded, args.layers[-1], "--layers", task.y_is)
+        data.check_targets(loaded, args.layers[-1], "--layers", task_of)
         if sorted({0, *args.cuts, len(args.layers) - 1}) != [0, *args.cuts, len(args.layers) - 1]:
             raise UserError(f"--cuts must rise from 1 to {len(args.layers) - 2} at most")
-        print(data.describe(loaded, task, data.constant_guess(loaded, task_of)))
+        print(data.describe(loaded, task_of))
         epochs = progress_bar(run(args, loaded), total=args.num_epochs, unit="epoch")
         for updates, score, *_ in epochs:
-            tqdm.write(f"{updates:6} updates, {task.label} {score:.4f}")
+            tqdm.write(f"{updates:6} updates, {task_of(loaded.y.shape[1]).label} {score:.4f}")
 
 
 if __name__ == "__main__":

@@ -130,21 +130,21 @@ def check_columns(data, layers):
             f"--layers begins with {layers[0]}, but x has {columns} columns: --layers {cure}")
 
 
-def check_targets(data, width, who, y_is):
-    """UserError unless an output of this width fits y. `who` names the option or the network,
-    `y_is` what y holds."""
+def check_targets(data, width, who, task_of):
+    """UserError unless an output of this width fits y. `who` names the option or the network."""
     k, labels = data.y.shape[1], np.arange(width)
     whole = np.isin(data.y, labels).all() and np.isin(data.y_test, labels).all()
     if k == 1 and width > 1 and whole:
         raise UserError(f"{who} ends with {width}, but y holds numbers. If they are class labels, "
                         "save y.astype(int); if they are numbers, it must end with 1")
     if width != k:
-        raise UserError(f"{who} ends with {width}, but y holds {y_is}: it must end with {k}")
+        raise UserError(f"{who} ends with {width}, but y holds {task_of(k).y_is}: it must end with "
+                        f"{k}")
 
 
-def describe(data, task, constant):
-    """What a person should know before a run, as lines of text: `task` is one of sgd.py's, and
-    `constant` the score of its constant guess."""
+def describe(data, task_of):
+    """What a person should know before a run, as lines of text."""
+    task, constant = task_of(data.y.shape[1]), constant_guess(data, task_of)
     lines = [f"{len(data.x):,} examples to train on, {len(data.x_test):,} held out; always "
              f"guessing {task.constant} would have a {task.label} of {constant:.4f}"]
     highest = np.abs(data.x).max(axis=0)

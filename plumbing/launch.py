@@ -105,7 +105,7 @@ def command_lines(args, hosts=None):
     token += [word for name in args.allow_host for word in ("--allow-host", name)]
     shared = ["--seed", args.seed, *token]
     trainer = [*shared, *args.trainers, *["--resume"] * args.resume]
-    lower = ["--gradients", args.gradients, *trainer, *args.lower]
+    lower = ["--gradients", args.gradients, *args.lower, *trainer]
     labels = ["--condition-on-labels", args.labels] if args.labels else []
 
     def beside(name):

@@ -36,7 +36,7 @@ def test_integers_are_classes_and_become_one_hot(tmp_path):
     loaded = load(tmp_path, y=LABELS)
     y = np.concatenate([loaded.y, loaded.y_test])
     assert y.shape == (N, 3) and (y.argmax(axis=1) == LABELS).all() and (y.sum(axis=1) == 1).all()
-    assert loaded.score == "test_error"
+    assert sgd.task_of(loaded.y.shape[1]).score == "test_error"
 
 
 def test_a_column_of_targets_is_taken_as_what_most_tools_write(tmp_path):
@@ -205,31 +205,31 @@ def test_a_missing_file_names_what_makes_it(tmp_path):
     (np.column_stack([np.arange(N) % 256, X[:, 0]]), "column 0 of x goes from 0 to 255"),
     (np.column_stack([X[:, 0], -1000 - X[:, 0]]), "column 1 of x goes from -1")])
 def test_inputs_that_are_not_scaled_are_one_warning_with_the_cure_which_works(x, where, tmp_path):
-    lines = data.describe(load(tmp_path, x)).splitlines()
+    lines = data.describe(load(tmp_path, x), sgd.task_of).splitlines()
     assert [line.startswith("warning") for line in lines] == [False, True]
     assert where in lines[1]
     cured = eval(lines[1].split("save ")[1], {"x": x})
-    assert "warning" not in data.describe(load(tmp_path, cured))
+    assert "warning" not in data.describe(load(tmp_path, cured), sgd.task_of)
 
 
 @pytest.mark.parametrize("y", [755_000 + 1000 * Y, 300 * Y])
 def test_targets_that_are_not_scaled_are_one_warning_with_the_cure_which_works(y, tmp_path):
-    lines = data.describe(load(tmp_path, y=y)).splitlines()
+    lines = data.describe(load(tmp_path, y=y), sgd.task_of).splitlines()
     assert len(lines) == 2 and lines[1].startswith("warning: y goes from")
     cured = eval(lines[1].split("save ")[1], {"y": y})
-    assert "warning" not in data.describe(load(tmp_path, y=cured))
+    assert "warning" not in data.describe(load(tmp_path, y=cured), sgd.task_of)
 
 
 @pytest.mark.parametrize("k, held_out", [(2, 20), (3, 20), (3, 150), (10, 20), (100, 40)])
 def test_rows_sorted_by_class_are_one_warning_with_the_cure_which_works(k, held_out, tmp_path):
     x, y = np.column_stack([X, np.arange(N) / N]), np.arange(N) * k // N
     found = len(set(y[-held_out:]))
-    line, warning = data.describe(load(tmp_path, x, y, held_out)).splitlines()
+    line, warning = data.describe(load(tmp_path, x, y, held_out), sgd.task_of).splitlines()
     assert warning.startswith(f"warning: the held-out rows hold only {found} of {k} classes")
     i = eval(warning.split("i = ")[1].split(": save")[0], {"np": np, "x": x, "len": len})
     assert warning.endswith(": save x[i] and y[i]")
     cured = load(tmp_path, x[i], y[i], held_out)
-    assert "warning" not in data.describe(cured)
+    assert "warning" not in data.describe(cured, sgd.task_of)
     assert (cured.y.argmax(axis=1) == (cured.x[:, 2] * k + 1e-5).astype(int)).all()
 
 
@@ -238,7 +238,7 @@ def test_rows_sorted_by_class_are_one_warning_with_the_cure_which_works(k, held_
                          ids=["balanced", "more classes than rows", "2 in 100", "5 of 400"])
 def test_a_class_that_is_missing_by_chance_is_no_warning(y, tmp_path):
     y = np.random.default_rng(1).permutation(y).astype(int)
-    assert "warning" not in data.describe(load(tmp_path, y=y))
+    assert "warning" not in data.describe(load(tmp_path, y=y), sgd.task_of)
 
 
 @pytest.mark.parametrize("y, width, cure", [
@@ -249,10 +249,10 @@ def test_a_class_that_is_missing_by_chance_is_no_warning(y, tmp_path):
     (LABELS, 1, "y holds labels of 3 classes: it must end with 3")])
 def test_an_output_of_another_width_is_refused_with_the_cure(y, width, cure, tmp_path):
     with pytest.raises(UserError, match="^--layers ends with") as error:
-        data.check_targets(load(tmp_path, y=y), width, "--layers")
+        data.check_targets(load(tmp_path, y=y), width, "--layers", sgd.task_of)
     assert str(error.value).endswith(cure)
     if "astype" in cure:
-        data.check_targets(load(tmp_path, y=y.astype(int)), width, "--layers")
+        data.check_targets(load(tmp_path, y=y.astype(int)), width, "--layers", sgd.task_of)
 
 
 @pytest.mark.parametrize("reason, certificates", [
@@ -275,19 +275,20 @@ def test_a_download_that_fails_is_one_line_with_its_cause_and_the_cure(
 
 
 def test_good_data_is_one_line_without_a_warning(tmp_path):
-    line, = data.describe(load(tmp_path)).splitlines()
+    line, = data.describe(load(tmp_path), sgd.task_of).splitlines()
     assert line.startswith("380 examples to train on, 20 held out")
 
 
 def test_the_start_of_a_run_says_what_a_constant_guess_would_score(tmp_path):
     y = (np.arange(N) % 50 == 0).astype(int)  # 98 : 2
     loaded = load(tmp_path, y=y, held_out=100)
-    assert loaded.constant_guess == pytest.approx(0.02)
-    assert "commonest class would have a held-out error of 0.0200" in data.describe(loaded)
+    assert data.constant_guess(loaded, sgd.task_of) == pytest.approx(0.02)
+    line = data.describe(loaded, sgd.task_of)
+    assert "commonest class would have a held-out error of 0.0200" in line
     loaded = load(tmp_path)
     mean = Y[:380].mean()
-    assert loaded.constant_guess == pytest.approx(np.mean((Y[380:] - mean) ** 2), rel=1e-5)
-    assert "the mean would have a held-out mse" in data.describe(loaded)
+    assert data.constant_guess(loaded, sgd.task_of) == pytest.approx(np.mean((Y[380:] - mean) ** 2), rel=1e-5)
+    assert "the mean would have a held-out MSE" in data.describe(loaded, sgd.task_of)
 
 
 def test_other_data_has_another_digest(tmp_path):

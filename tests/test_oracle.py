@@ -94,12 +94,11 @@ def unfollowed(kind):
             }[kind]()
 
 
-BUG = pytest.mark.xfail(strict=True, reason="oracle.py, activations_of(): see what it compares")
 
 
 @pytest.mark.parametrize("kind", [
-    "normalization", "dropout", "unknown", "namesake", pytest.param("namesake, zeros", marks=BUG),
-    pytest.param("activation", marks=BUG)])
+    "normalization", "dropout", "unknown", "namesake", "namesake, zeros",
+    "activation"])
 def test_a_model_that_forward_does_not_follow_is_an_error_at_the_start(kind, monkeypatch):
     monkeypatch.setattr(oracle, "make_model", lambda dims: sequential(*unfollowed(kind)))
     with pytest.raises(UserError, match="the oracle's model has the layers .*: name the new one"):

@@ -331,10 +331,10 @@ def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"x has 3 columns: --layers {cure}$"):
             data.check_columns(data.Data(wide, y[:, None], wide, y[:, None]), layers)
     with pytest.raises(ValueError, match="ends with 10, but y holds numbers: .* with 1"):
-        data.check_targets(data.Data(x, y[:, None], x, y[:, None]), 10, "--layers", "numbers")
+        data.check_targets(data.Data(x, y[:, None], x, y[:, None]), 10, "--layers", sgd.task_of)
     classes = np.eye(5, dtype="f")[np.arange(50) % 5]
     with pytest.raises(ValueError, match="ends with 4, but y holds class labels: .* with 5"):
-        data.check_targets(data.Data(x, classes, x, classes), 4, "--layers", "class labels")
+        data.check_targets(data.Data(x, classes, x, classes), 4, "--layers", sgd.task_of)
 
 
 def test_sgd_with_a_full_disk_ends_with_one_line(tmp_path, small_data, monkeypatch, capsys):
