@@ -44,7 +44,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from exchange import SOURCES, BoundedStaleness, later
+from exchange import SOURCES, BoundedStaleness
+from replay import later
 from plumbing import trace
 from plumbing.errors import Refused, UserError
 from plumbing.posting import THROWN

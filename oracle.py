@@ -16,7 +16,7 @@ import sys
 from plumbing import options, say, trace  # first, see there
 import numpy as np
 
-from exchange import Replay, later
+from replay import Replay, later
 from plumbing import process
 from plumbing.errors import Diverged, Refused, UserError
 from sgd import Sigmoid

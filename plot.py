@@ -9,15 +9,19 @@ synthetic_plots/: the learned surface beside the target, and the oracle's guess 
 gradient g. learning.gif and guesses.gif are the same as animations. The live page is a process of
 its own (plumbing/live.py), at http://127.0.0.1:5004/. No other process needs it.
 """
-import io
+import contextlib
 import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
-from plumbing import new_figure, options, runs, say  # first, see there
+from plumbing import options, runs, say  # first, see there
 import numpy as np
 
 from generate import target
 from plumbing.bar import progress_bar
+from plumbing.pictures import animate, log_ticks, png
 from plumbing.errors import UserError, file_errors
 from sgd import CLASS, NUMBER, feed_forward, layers_from_weights
 
@@ -31,11 +35,9 @@ CURVES = {  # column: label, scale, limits, and what a constant guess is called
     "staleness": ("staleness,\nupdates", "linear", (0, None), None)}
 
 
-# Colour-blind readers can tell these colours apart (Okabe and Ito). The line styles are for readers
-# who print in grey. The first 147 runs all differ.
+# Colour-blind readers can tell these colours apart (Okabe and Ito), readers in grey the lines.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
-LINES = "-", "--", ":", *((0, (6, 2) + (1, 2) * dots) for dots in range(1, 19))
-STYLES = [(COLORS[n % 7], LINES[n // 21 * 3 + n % 3]) for n in range(147)]
+STYLES = [(COLORS[n % 7], ("-", "--", ":")[n % 3]) for n in range(21)]
 
 
 class NotDrawable(UserError):
@@ -104,15 +106,6 @@ def draw_guess(figure, _, row, probe):
                     f"\ncosine over these units {cosine(g, guess):.2f}", fontsize=10)
 
 
-def log_ticks(ax):
-    """Labelled ticks on a logarithmic axis, over a fraction of a decade or over many."""
-    from matplotlib.ticker import AutoLocator, LogLocator
-    low, high = ax.get_ylim()
-    decades = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
-    ax.yaxis.set(major_locator=AutoLocator() if high < 4 * low else decades,
-                 major_formatter="{x:g}", minor_formatter="")
-
-
 def draw_curves(figure, metrics):
     """Against seconds and against examples: the held-out score, and below it what the runs have of
     the rest of CURVES. metrics: name of a run -> what read_run() returns."""
@@ -156,27 +149,27 @@ def read_run(folder):
     return {**runs.read_metrics(folder), "constant_guess": constant if known else None}
 
 
-def png(draw, *args, size=(8, 3.6), dpi=100):
-    """The bytes of a PNG file of what draw(figure, *args) draws."""
-    figure, buffer = new_figure(size), io.BytesIO()
-    draw(figure, *args)
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def animate(paths, movie):
-    """At most 40 of the pictures as an animation, which pauses at the end."""
-    from PIL import Image
-    chosen = np.linspace(0, len(paths) - 1, min(len(paths), 40)).astype(int)
-    first, *others = (Image.open(paths[n]).convert("RGB") for n in chosen)
-    milliseconds = [250] * len(others) + [3000]
-    first.save(movie, save_all=True, append_images=others, duration=milliseconds, loop=0)
-
-
 KINDS = {  # of pictures of a snapshot: how to draw it, inches, inches on the live page, animation
     "surface": (draw_surface, (6.4, 3.2), (8, 3.6), (4, 8), "learning.gif"),
     "guess": (draw_guess, (9, 5.4), (8, 4.8), (4, 8.6), "guesses.gif")}
 DAMAGED = ValueError, LookupError, TypeError, RuntimeError  # what a damaged file raises
+
+
+def draw_snapshot(path, pictures):
+    """Draws the pictures of one snapshot: {kind: file}, and {kind: why there is none}."""
+    drawn, problems = {}, {}
+    try:
+        snapshot = runs.read_snapshot(path)
+        for kind, (draw, size, *_) in KINDS.items():
+            picture = pictures / f"{kind}_{path.stem[9:]}.png"
+            try:
+                picture.write_bytes(png(draw, *snapshot, size=size))
+                drawn[kind] = picture
+            except NotDrawable as error:
+                problems[kind] = error
+    except DAMAGED as error:
+        say(f"left out {path.name}: {error}")
+    return drawn, problems
 
 
 def draw_run(folder, out):
@@ -185,18 +178,15 @@ def draw_run(folder, out):
     pictures.mkdir(exist_ok=True)
     for old in (old for kind in KINDS for old in pictures.glob(f"{kind}_*.png")):
         old.unlink()
-    for path in progress_bar(runs.snapshots(folder), desc="pictures", unit="snapshot"):
-        try:
-            snapshot = runs.read_snapshot(path)
-            for kind, (draw, size, *_) in KINDS.items():
-                picture = pictures / f"{kind}_{path.stem[9:]}.png"
-                try:
-                    picture.write_bytes(png(draw, *snapshot, size=size))
-                    drawn[kind].append(picture)
-                except NotDrawable as error:
-                    problems[kind] = error
-        except DAMAGED as error:
-            say(f"left out {path.name}: {error}")
+    paths = runs.snapshots(folder)
+    jobs = min(os.cpu_count(), len(paths) // 8)  # a few are drawn before other processes start
+    with (ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1
+          else contextlib.nullcontext()) as pool:
+        done = (pool.map if pool else map)(draw_snapshot, paths, itertools.repeat(pictures))
+        for found, missed in progress_bar(done, total=len(paths), desc="pictures", unit="snapshot"):
+            for kind, picture in found.items():
+                drawn[kind].append(picture)
+            problems.update(missed)
     for kind, (*_, movie) in KINDS.items():
         (out / movie).unlink(missing_ok=True)  # of an earlier run
         if drawn[kind]:

@@ -16,12 +16,11 @@ be read, not to be fast. One example at a time (--batch-size 1) is SGD as textbo
 import time
 from itertools import pairwise
 
-from plumbing import data, options, runs  # first, see there
+from plumbing import data, options, report, runs  # first, see there
 import numpy as np
 
 from plumbing.bar import progress_bar
 from plumbing.errors import Diverged
-from plumbing.report import machine
 
 # ---- activations: to add a hidden one, write a class like Sigmoid and name it in HIDDEN ----
 
@@ -258,7 +257,7 @@ def main():
         data.check_targets(loaded, args.layers[-1], "--layers", task_of)
         columns = ["seconds", "examples", "epoch", task_of(loaded.y.shape[1]).score]
         progress = runs.Progress(args.progress_dir, columns, vars(args) | {
-            "constant_guess": data.constant_guess(loaded, task_of), "machine": machine()})
+            "constant_guess": data.constant_guess(loaded, task_of), "machine": report.machine()})
         print(data.describe(loaded, task_of))
         run(args, loaded, progress)
 
@@ -269,8 +268,7 @@ def run(args, loaded, progress):
     layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]))
     score, examples, epoch = task_of(y.shape[1]).score, 0, 0
     order = minibatches(len(x), args.batch_size, args.num_epochs, args.seed)
-    learning_rate = schedule(args.learning_rate, args.decay)
-    start = time.perf_counter()
+    learning_rate, start = schedule(args.learning_rate, args.decay), time.perf_counter()
     with (progress.ending(), np.errstate(all="ignore"),
           progress_bar(total=args.num_epochs, unit="epoch") as bar):
         for count in train(layers, x, y, order, learning_rate, args.momentum):
@@ -279,11 +277,9 @@ def run(args, loaded, progress):
                 epoch += 1
                 reached = test_score(layers, x_test, y_test)
                 if not np.isfinite(sum(layer.w.sum() for layer in layers)):
-                    raise Diverged(
-                        f"diverged in epoch {epoch}; try a lower --learning-rate")
-                weights = [(layer.w, layer.b) for layer in layers]
-                progress.write(weights, epoch=epoch, examples=examples, **{score: reached},
-                               seconds=time.perf_counter() - start)
+                    raise Diverged(f"diverged in epoch {epoch}; try a lower --learning-rate")
+                progress.write([(layer.w, layer.b) for layer in layers], examples=examples,
+                               epoch=epoch, seconds=time.perf_counter() - start, **{score: reached})
                 bar.update()
                 bar.set_postfix_str(f"held-out {score[5:].upper()} {reached:.4f}")
     print(f"{args.num_epochs} epochs in {time.perf_counter() - start:.0f} s: {progress.metrics}")

@@ -189,8 +189,14 @@ class Run:
         self.above.poster.close(timeout=5)
 
     def end(self):
-        """The last snapshot, and what there is to say."""
-        self.try_to_take()
+        """The last snapshot, and what there is to say. Waits for room on a disk that is full."""
+        def take():
+            try:
+                self.take()
+            except FileError as error:
+                raise NoAnswer(f"{error}; nothing is lost yet: make room") from None
+        process.until_answered(take, f"the disk of {self.args.progress_dir}", self.stop,
+                               self.args.patience)
         last = [float(row[self.score]) for row in self.progress.rows[-3:]]
         self.state = f"training is {'stopped' if self.stop else 'finished'}"
         say(f"{self.examples:,} examples in {self.seconds:.1f} s, held-out {self.score[5:]} "

@@ -12,7 +12,7 @@ every part, true gradients go down from part to part.
 from plumbing import options, runs, say  # first, see there
 import numpy as np
 
-from exchange import Replay
+from replay import Replay
 from links import LowerEnd, UpperEnd
 from plumbing import process
 from plumbing.errors import UserError

@@ -11,7 +11,7 @@ train_input.py --gradients delayed they go back to the input trainer: --oracle-s
 from plumbing import options, runs, say  # first, see there
 import numpy as np
 
-from exchange import Replay
+from replay import Replay
 from links import UpperEnd
 from plumbing import process
 from plumbing.part import Part

@@ -25,7 +25,8 @@ import oracle
 import train_input
 import train_middle
 import train_output
-from exchange import SOURCES, Replay
+from exchange import SOURCES
+from replay import Replay
 from links import LowerEnd, UpperEnd, check_oracle
 from plumbing.bar import progress_bar
 from plumbing.errors import NoAnswer, UserError

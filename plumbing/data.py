@@ -157,7 +157,8 @@ def describe(data, task_of):
         lines.append(f"warning: y goes from {data.y.min():g} to {data.y.max():g}, which makes "
                      "gradients large; save (y - y.mean()) / y.std()")
     k, found = data.y.shape[1], data.y_test.any(axis=0)
-    if k > 1 and (data.y.mean(axis=0) * len(data.y_test) > 5)[~found].any():
+    common = data.y.mean(axis=0) * len(data.y_test) > 5  # such classes should be there
+    if k > 1 and (common[~found].any() or found.sum() < min(k, len(data.y_test)) / 2):
         lines.append(f"warning: the held-out rows hold only {found.sum()} of {k} classes; shuffle "
                      "the rows of x and y together first, with i = np.random.default_rng(0)"
                      ".permutation(len(x)): save x[i] and y[i]")

@@ -246,7 +246,7 @@ def test_a_class_that_is_missing_by_chance_is_no_warning(y, tmp_path):
     (LABELS.astype(float), 2, "y holds numbers: it must end with 1"),
     (LABELS + 0.5, 4, "y holds numbers: it must end with 1"),
     (np.where(np.arange(N) == N - 1, 7, LABELS).astype(float), 3, "numbers: it must end with 1"),
-    (LABELS, 1, "y holds labels of 3 classes: it must end with 3")])
+    (LABELS, 1, "y holds class labels: it must end with 3")])
 def test_an_output_of_another_width_is_refused_with_the_cure(y, width, cure, tmp_path):
     with pytest.raises(UserError, match="^--layers ends with") as error:
         data.check_targets(load(tmp_path, y=y), width, "--layers", sgd.task_of)
@@ -287,7 +287,8 @@ def test_the_start_of_a_run_says_what_a_constant_guess_would_score(tmp_path):
     assert "commonest class would have a held-out error of 0.0200" in line
     loaded = load(tmp_path)
     mean = Y[:380].mean()
-    assert data.constant_guess(loaded, sgd.task_of) == pytest.approx(np.mean((Y[380:] - mean) ** 2), rel=1e-5)
+    score = np.mean((Y[380:] - mean) ** 2)
+    assert data.constant_guess(loaded, sgd.task_of) == pytest.approx(score, rel=1e-5)
     assert "the mean would have a held-out MSE" in data.describe(loaded, sgd.task_of)
 
 

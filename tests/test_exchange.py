@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import exchange
+import replay
 import oracle
 import train_input
-from exchange import BoundedStaleness, Replay
+from exchange import BoundedStaleness
+from replay import Replay
 from examples import in_process
 from links import LowerEnd
 from plumbing import posting
@@ -239,8 +241,8 @@ def test_what_is_remembered_of_old_minibatches_is_bounded():
     examples = Replay(keep=1, replay=1)
     for clock in range(150_000):
         assert examples.is_new(START, clock)
-        assert len(examples.seen) <= 2 * exchange.SEEN
-    assert not any(examples.is_new(START, clock) for clock in range(150_000 - exchange.SEEN,
+        assert len(examples.seen) <= 2 * replay.SEEN
+    assert not any(examples.is_new(START, clock) for clock in range(150_000 - replay.SEEN,
                                                                    150_000))
 
 

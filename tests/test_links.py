@@ -13,7 +13,7 @@ import plumbing.part
 import train_input
 import train_middle
 import train_output
-from exchange import Replay
+from replay import Replay
 from links import BACKLOG, BEHIND, UpperEnd, check_oracle
 from over_http import Above, serve_gradients, serve_part
 from plumbing import data, process, runs, serving

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays_of
 
 import over_http
 import train_output
-from exchange import Replay
+from replay import Replay
 from links import UpperEnd, minibatches_of
 from plumbing import serving
 from plumbing.errors import NoAnswer, Refused

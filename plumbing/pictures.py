@@ -1,0 +1,32 @@
+"""PNG files and animations of what somebody else draws."""
+import io
+
+import numpy as np
+
+from plumbing import new_figure
+
+
+def png(draw, *args, size=(8, 3.6), dpi=100):
+    """The bytes of a PNG file of what draw(figure, *args) draws."""
+    figure, buffer = new_figure(size), io.BytesIO()
+    draw(figure, *args)
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def animate(paths, movie):
+    """At most 40 of the pictures as an animation, which pauses at the end."""
+    from PIL import Image
+    chosen = np.linspace(0, len(paths) - 1, min(len(paths), 40)).astype(int)
+    first, *others = (Image.open(paths[n]).convert("RGB") for n in chosen)
+    milliseconds = [250] * len(others) + [3000]
+    first.save(movie, save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+def log_ticks(ax):
+    """Labelled ticks on a logarithmic axis, over a fraction of a decade or over many."""
+    from matplotlib.ticker import AutoLocator, LogLocator
+    low, high = ax.get_ylim()
+    decades = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
+    ax.yaxis.set(major_locator=AutoLocator() if high < 4 * low else decades,
+                 major_formatter="{x:g}", minor_formatter="")
