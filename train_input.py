@@ -190,13 +190,16 @@ class Run:
 
     def end(self):
         """The last snapshot, and what there is to say. Waits for room on a disk that is full."""
-        def take():
+        until, told = time.monotonic() + self.args.patience, False
+        while True:
             try:
                 self.take()
+                break
             except FileError as error:
-                raise NoAnswer(f"{error}; nothing is lost yet: make room") from None
-        process.until_answered(take, f"the disk of {self.args.progress_dir}", self.stop,
-                               self.args.patience)
+                if self.stop or time.monotonic() > until:
+                    raise
+                told = told or say(f"{error}; nothing is lost yet: make room") or True
+                time.sleep(1)
         last = [float(row[self.score]) for row in self.progress.rows[-3:]]
         self.state = f"training is {'stopped' if self.stop else 'finished'}"
         say(f"{self.examples:,} examples in {self.seconds:.1f} s, held-out {self.score[5:]} "
