@@ -14,7 +14,6 @@ its mean over held-out examples and for the rest. Writes bench-delay.md, .png an
 bench-delay-persistence.md into benchmarks/, or bench-widths.md and .png.
 """
 import concurrent.futures
-import functools
 import itertools
 import json
 import multiprocessing
@@ -78,12 +77,11 @@ WAYS = {  # name: --gradients and labels, whether the delay matters, its own opt
     "zero": (["--gradients", "zero"], False, ())}
 
 
-@functools.cache
 def data_of(function, noisy):
-    """Paths of its x.npy and y.npy."""
+    """Paths of its x.npy and y.npy, which main() has made."""
     folder = KEPT / function
-    paths = {**FUNCTIONS, **SEARCHED}[function](folder)
-    return noisy_data(folder / "noisy", paths=paths) if noisy else paths
+    x, y = DATA if function == "default" else (folder / "x.npy", folder / "y.npy")
+    return (folder / "noisy" / "x.npy" if noisy else x), y
 
 
 def learn(network, words, function, delay, rates, seed, own=()):
@@ -277,8 +275,8 @@ def main():
     add("--widths", action="store_true", help="vary the width of the lower part")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (%(default)s)")
     args = parser.parse_args()
-    for function, noisy in itertools.product({**FUNCTIONS, **SEARCHED}, (False, True)):
-        data_of(function, noisy)  # before several processes ask for it
+    for function, make in {**FUNCTIONS, **SEARCHED}.items():
+        noisy_data(KEPT / function / "noisy", paths=make(KEPT / function))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
         (widths if args.widths else delays)(pool, args)
