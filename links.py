@@ -107,7 +107,10 @@ class UpperEnd:
         """In a server's thread: one minibatch, none of which is skipped. tell(g) gets its
         gradient."""
         self.refuse_more()
-        self.queue("due", int(start[0]), Minibatch(i, h, y, int(clock[0]), tell))
+        def traced(g):
+            trace.flow_out("gradients", int(clock[0]))
+            tell(g)
+        self.queue("due", int(start[0]), Minibatch(i, h, y, int(clock[0]), traced))
 
     def refuse_more(self):
         if self.rows["due"] > 2 * THROWN:
@@ -194,7 +197,7 @@ class LowerEnd:
     def gradients(self, h=None, y=None, clock=0, tell=None):
         """(g, tell) of each update that can be made now, see exchange.Source."""
         for g, its_tell in self.source.gradients(h, y, clock, tell):
-            with trace.span("backprop", clock=clock):  # until the train function wants the next one
+            with trace.span("update", clock=clock):  # until the train function wants the next one
                 yield g, its_tell
 
     def take_back(self, start, clock, waiting, *columns):

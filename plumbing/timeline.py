@@ -23,7 +23,7 @@ LAYER_1 = "input trainer"
 # span: label, color. Colour-blind readers can tell these apart (Okabe and Ito)
 BARS = {
     "forward": ("forward", "#56B4E9"), "throw": ("forward", "#56B4E9"),
-    "backprop": ("backprop and update", "#0072B2"),
+    "backprop": ("backprop and update", "#0072B2"), "update": ("backprop and update", "#0072B2"),
     "wait": ("waits", "#D55E00"), "ask": ("asks the oracle", "#CCCCCC"),
     "minibatch": ("trains on a new minibatch", "#009E73"),
     "replay": ("trains on a replayed one", "#F0E442"),

@@ -189,7 +189,6 @@ def test_commands_and_options_exist(page):
     assert problems_of_commands(page.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.xfail(strict=False, reason="README.md is being rewritten")
 def test_the_readme_has_at_most_1400_words():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1400
 
