@@ -125,8 +125,8 @@ class Delayed(Source):
 
     An update is made when a gradient has come back, and only then. All that have come back are
     applied before the next forward pass, the oldest first. At most `bound` minibatches are on their
-    way, and no more than leave one waiting for the part above, so that the delay is that of the
-    round trip. Beyond that the part waits. What comes back twice is applied once.
+    way, and no more than leave one waiting for the part above: this window grows by one a round
+    trip, as TCP's do. Beyond it the part waits. What comes back twice is applied once.
 
     Backprop goes through the remembered x and h and the present weights. Published pipelines
     remember the weights, too, or compute the activations again. In the first 500 updates of a deep
@@ -145,7 +145,8 @@ class Delayed(Source):
         with self.changed:
             if start == self.link.start and clock in self.on_their_way:
                 self.returned[clock] = g
-                self.window = min(self.bound, max(1, len(self.on_their_way) - waiting + 1))
+                self.window = min(self.bound, self.window + 1 / self.window if waiting < 2
+                                  else max(1, len(self.on_their_way) - waiting + 1))
                 self.changed.notify()
 
     def throws(self, clock):

@@ -11,6 +11,7 @@ The messages are those of synthgrad.py. examples/in_process.py carries them by p
 import concurrent.futures
 import getpass
 import threading
+import time
 from functools import partial
 
 from exchange import SOURCES
@@ -20,6 +21,8 @@ from plumbing.errors import NoAnswer, Refused, UserError
 from plumbing.posting import THROWN, Outbox, Poster
 from plumbing.wire import encode
 from synthgrad import Examples, Gradients, OracleClient, PartClient, encode_weights
+
+LINGER = 1.0  # seconds until a part of a cycle ends, so that the others notice it, too
 
 
 def serve_gradients(app, width, k, add):
@@ -177,6 +180,7 @@ def check_partner(status, kinds, width, k, name):
         raise UserError(f"{name} was started by {status.user}, not by you: choose other ports, with"
                         " --port, --oracle-server and --output-server, or --first-port of make run")
     if serving.ID in status.ids:
+        time.sleep(LINGER)  # answering meanwhile
         raise UserError(f"{name} has this process above it: the parts form a cycle. "
                         "--output-server is the address of the next part towards the output")
     if status.layers[0] != width:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from plumbing import files, runs
 
-# of `make run` at its defaults, in the README; the median of three seeds
-README_EPOCHS, README_MSE = 8, 0.0024
+# of guesses on the default problem, in the README; one seed
+README_EPOCHS, README_MSE = 4, 0.0058
 
 
 def machine():

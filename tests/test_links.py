@@ -27,6 +27,12 @@ from tests.test_exchange import BEFORE, START, Clock, FakeAbove, columns, delaye
 from tests.test_exchange import cheap as cheap
 
 
+@pytest.fixture(autouse=True)
+def no_lingering(monkeypatch):
+    monkeypatch.setattr(over_http, "LINGER", 0)
+
+
+
 class NoPoster:
     """In the place of plumbing.posting.Poster: what is thrown stays in the outbox."""
 

@@ -121,7 +121,7 @@ def test_a_terminal_gets_a_bar_that_moves(monkeypatch):
 
 def test_the_animation_pauses_at_its_end_and_has_at_most_40_frames(tmp_path):
     paths = []
-    for n in range(21):
+    for n in range(50):
         paths.append(tmp_path / f"{n}.png")
         Image.new("RGB", (8, 8), (5 * n, 0, 0)).save(paths[-1])
     plot.animate(paths, tmp_path / "movie.gif")

@@ -243,8 +243,7 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path, small_data):
         end(first)
 
 
-def test_two_middle_trainers_in_a_cycle_are_one_clear_error(tmp_path):
-    """Whichever sees it first ends with it."""
+def test_two_middle_trainers_in_a_cycle_are_one_clear_error_of_each(tmp_path):
     ports, processes = free_ports(2), []
     try:
         for mine, above in zip(ports, reversed(ports), strict=True):
@@ -252,10 +251,10 @@ def test_two_middle_trainers_in_a_cycle_are_one_clear_error(tmp_path):
                 "train_middle.py", "--gradients", "local", "--layers", 24, 24, "--port", mine,
                 "--output-server", f"127.0.0.1:{above}", "--lower-oracle-server", "none",
                 "--progress-dir", tmp_path / f"{mine}", log=tmp_path / f"{mine}.log"))
-        ended = wait_until(lambda: [n for n in (0, 1) if processes[n].poll() is not None],
-                           "one of them to end", timeout=20)[0]
-        line = (tmp_path / f"{ports[ended]}.log").read_text().splitlines()[-1]
-        assert processes[ended].returncode == 2 and "has this process above it" in line
+        for port, process in zip(ports, processes, strict=True):
+            assert process.wait(20) == 2
+            line = (tmp_path / f"{port}.log").read_text().splitlines()[-1]
+            assert "has this process above it" in line
     finally:
         for process in processes:
             end(process)
