@@ -86,11 +86,10 @@ class Outbox:
 
 
 class Poster:
-    """Posts an outbox's messages until it is closed. `to` names the receiver in what is printed.
-    pause: seconds between posts."""
+    """Posts an outbox's messages until it is closed. `to` names the receiver in what is printed."""
 
-    def __init__(self, outbox, post, to, pause=PAUSE):
-        self.outbox, self.post, self.to, self.pause = outbox, post, to, pause
+    def __init__(self, outbox, post, to):
+        self.outbox, self.post, self.to = outbox, post, to
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -111,8 +110,7 @@ class Poster:
             with outbox.changed:
                 outbox.sent += rows * delivered
                 outbox.dropped += rows * (not delivered)
-                outbox.changed.wait_for(lambda: outbox.closing, self.pause if delivered
-                                        else TRY_AGAIN)
+                outbox.changed.wait_for(lambda: outbox.closing, PAUSE if delivered else TRY_AGAIN)
                 if outbox.closing and not delivered:
                     return
 
