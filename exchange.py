@@ -22,9 +22,10 @@ class BoundedStaleness:
     """What is known above is at most `bound` updates old, or the part waits (Ho et al. 2013).
 
     ask() -> an answer, and (start, clock): the newest minibatch that is known above, or None.
-    Staleness is the part's clock minus that one, or minus that of the first question while nothing
-    of this start is known. wait(attempt) calls attempt() until it no longer raises NoAnswer.
-    Meanwhile throw_again(after) throws what is newer than the clock `after`, for it may be lost.
+    Staleness is the part's clock minus that one. While nothing of this start is known, it counts
+    from the update before the first question. wait(attempt) calls attempt() until it no longer
+    raises NoAnswer. Meanwhile throw_again(after) throws what is newer than the clock `after`, for
+    it may be lost.
     """
 
     def __init__(self, bound, wait, throw_again, start):
@@ -44,14 +45,15 @@ class BoundedStaleness:
             if newest and newest[0] == self.start:
                 self.known = max(self.known, newest[1])
             if clock - self.known > self.bound:
-                self.too_old(clock, self.known)
+                self.raise_too_old(clock, self.known)
             return answer, time.perf_counter() - asked
         answer, seconds = self.timed(attempt)
         self.recent.append((clock - self.known, seconds))
         return answer
 
     def timed(self, attempt):
-        """Wait until attempt() succeeds, and count that wait if it was one."""
+        """What attempt() returns, (an answer, seconds that it took), once it succeeds. The rest of
+        the time was a wait, and is counted."""
         began = time.perf_counter()
         answer, seconds = self.wait(attempt)
         waited = time.perf_counter() - began - seconds
@@ -59,7 +61,7 @@ class BoundedStaleness:
             self.waits, self.waited = self.waits + 1, self.waited + waited
         return answer, seconds
 
-    def too_old(self, clock, after):
+    def raise_too_old(self, clock, after):
         """Raises NoAnswer: what is newer than the clock `after` is not known above, or not back."""
         if time.monotonic() - self.thrown_at > THROW_AGAIN:
             self.thrown_at = time.monotonic()
@@ -86,12 +88,11 @@ class Source:
     """Where a part's gradient comes from. gradients(h, y, clock, tell) yields (g, tell) for each
     update that can be made now: g (batch, width) and the tell() of the minibatch that it is of.
 
-    h (batch, width) and y (batch, k) are of the minibatch that was just thrown; None if there is
-    none, and only what has come back is asked for. layers: what a checkpoint must hold, too."""
+    h (batch, width) and y (batch, k) are of the minibatch that was just thrown. They are None if
+    there is none; then only what has come back is yielded."""
     asks_oracle = takes_back = False  # whether gradients go to an oracle, or back to this part
     locked = False  # whether the minibatch is not thrown, since the question brings it
     rates = dict(learning_rate=2.7, momentum=0.9, warm_up=0)  # where a person gives none
-    layers = ()
 
     def __init__(self, link, part, k, args, rng):
         """link: a LowerEnd; k: the width of y; args: of the program; rng: for what is drawn."""
@@ -108,8 +109,7 @@ class Synthetic(Source):
     rates = dict(learning_rate=30.0, momentum=0.0, warm_up=1000)
 
     def gradients(self, h, y, clock, tell):
-        if h is not None:
-            yield centered(self.link.bounded(clock, lambda: self.link.above.guess(h, y))), tell
+        yield centered(self.link.bounded(clock, lambda: self.link.above.guess(h, y))), tell
 
 
 class Shuffled(Synthetic):
@@ -124,9 +124,10 @@ class Delayed(Source):
     """True gradients of earlier minibatches, as a pipeline uses them (Huo et al. 2018), centered.
 
     An update is made when a gradient has come back, and only then. All that have come back are
-    applied before the next forward pass, the oldest first. At most `bound` minibatches are on their
-    way, and no more than leave one waiting for the part above: this window grows by one a round
-    trip, as TCP's do. Beyond it the part waits. What comes back twice is applied once.
+    applied before the next forward pass, the oldest first. Before the next throw at most `bound`
+    minibatches are on their way, and no more than leave one waiting for the part above: this window
+    grows by one a round trip, as TCP's do. Beyond it the part waits. What comes back twice is
+    applied once.
 
     Backprop goes through the remembered x and h and the present weights. Published pipelines
     remember the weights, too, or compute the activations again. In the first 500 updates of a deep
@@ -145,8 +146,10 @@ class Delayed(Source):
         with self.changed:
             if start == self.link.start and clock in self.on_their_way:
                 self.returned[clock] = g
-                self.window = min(self.bound, self.window + 1 / self.window if waiting < 2
-                                  else max(1, len(self.on_their_way) - waiting + 1))
+                if waiting < 2:
+                    self.window = min(self.bound, self.window + 1 / self.window)
+                else:  # as many as leave one waiting
+                    self.window = min(self.bound, max(1, len(self.on_their_way) - waiting + 1))
                 self.changed.notify()
 
     def throws(self, clock):
@@ -176,7 +179,7 @@ class Delayed(Source):
     def something_came(self, clock):
         with trace.span("wait", clock=clock), self.changed:
             if not self.changed.wait_for(lambda: self.returned, self.link.above.news_seconds):
-                self.link.bounded.too_old(clock, min(self.on_their_way) - 1)
+                self.link.bounded.raise_too_old(clock, min(self.on_their_way) - 1)
         return None, 0.0
 
 
@@ -186,38 +189,35 @@ class Locked(Source):
     locked = True
 
     def gradients(self, h, y, clock, tell):
-        if h is not None:
-            with trace.span("wait", clock=clock):
-                above, thrown = self.link.above, self.link.thrown
-                g = above.wait(lambda: above.true_gradients(*thrown))
-                trace.flow_in("gradients", clock)
-            yield g, tell
+        with trace.span("wait", clock=clock):
+            above, thrown = self.link.above, self.link.thrown
+            g = above.wait(lambda: above.true_gradients(*thrown))
+            trace.flow_in("gradients", clock)
+        yield g, tell
 
 
-class Unguided(Source):
-    """Needs nothing from above, but waits while the part above is `bound` minibatches behind."""
+class Zero(Source):
+    """A control: no gradient and no update. The part stays as drawn. It needs nothing from above,
+    but waits while the part above is `bound` minibatches behind."""
 
     def gradients(self, h, y, clock, tell):
-        if h is not None:
-            self.link.bounded(clock, lambda: (None, self.link.above.trained()))
-            yield from self.own(h, y, clock, tell)
-
-
-class Zero(Unguided):
-    """A control: no gradient and no update. The part stays as drawn."""
+        self.link.bounded(clock, lambda: (None, self.link.above.trained()))
+        yield from self.own(h, y, clock, tell)
 
     def own(self, *minibatch):
         return ()
 
 
-class Local(Unguided):
+class Local(Zero):
     """The gradient of a local loss (Nøkland & Eidnes 2019; Belilovsky et al. 2019): a small head
-    of the part's own predicts y from h, and is trained beside it. It needs no oracle."""
+    of the part's own predicts y from h, and is trained beside it. It needs no oracle, and waits as
+    Zero does."""
 
     def __init__(self, link, part, k, args, rng):
         super().__init__(link, part, k, args, rng)
         width, self.task = len(part.layers[-1].b), task_of(k)
         self.layers = make_layers([width, *args.head, k], rng, input_mean=HIDDEN.mean)
+        part.besides = self.layers
         self.rate = schedule(args.head_rate, args.decay)
         self.momentum = args.head_momentum
 

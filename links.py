@@ -10,10 +10,20 @@ to UpperEnd.due and .waiting, Replay and Delayed.returned, have an Outbox throw 
 copies of the weights. A Poster's thread empties its Outbox. An array that was thrown or published
 is not written to any more.
 
+A guess's way, in the order of the calls; true and delayed gradients differ in exchange.py only:
+
+    train_input.train                  h = feed_forward(layers, x); throw(i, h, y, clock)
+    LowerEnd.gradients                 asks its source, which --gradients names:
+    exchange.Synthetic.gradients       centers ĝ, which comes through
+    exchange.BoundedStaleness          asks again while what the oracle knows is too old
+    over_http.Above.guess, .wait       synthgrad.OracleClient.estimate_gradients; says for whom
+    oracle.Oracle.guess                ĝ of the model that was published last
+    train_input.train                  backprop(layers, ĝ); part.descend()
+
 A minibatch that comes late: the part above trains on it when nothing newer waits, or only by replay
 if it was skipped. Its gradient goes to the oracle, whose guesses do not wait for it. With delayed
-gradients it is applied when it has come back, however old. What bounds its age is that the part
-below waits.
+gradients it is applied when it has come back, and the part below waits rather than let more than
+--staleness be on their way.
 
     queue                     holds at most                      beyond that
     Outbox                    THROWN examples                    the oldest is dropped, and counted
@@ -25,6 +35,7 @@ below waits.
     Replay.seen               2 · SEEN minibatches               the oldest would count again
     Delayed.on_their_way,     --staleness + 1 minibatches        the part waits
     .returned
+    answers to /true_…        THREADS minibatches                the oldest is asked anew
     requests                  CONNECTIONS, THREADS, MAX_BODY     not accepted; waits; 413
 
     wait                      ends with
@@ -35,8 +46,10 @@ below waits.
     for minibatches           news, or 0.2 s; then the loop checks whether to stop
     for weights, by a middle  one try; then 503, so that it is asked again
     part
+    for a true gradient       the answer; after 8 s 503, so that it is asked again
     of a Poster               something thrown, or the end; then PAUSE, or TRY_AGAIN after a failure
-    at the end                a Poster gets 5 s for what still waits
+    at the end                a Poster gets 5 s for what still waits. For room on a full disk: room,
+                              a stop request, or --patience
 """
 import collections
 from functools import partial
@@ -96,7 +109,7 @@ class UpperEnd:
             self.refuse_more()  # before anything of it counts as having come
         for its_start, its_clock, columns in minibatches_of(clock, start, i, h, y, clock, start):
             if not self.replay.is_new(its_start, its_clock):
-                if self.back is not None:  # its gradient may have been lost on the way
+                if self.back is not None:  # its gradient may be lost. An empty back may be falsy
                     self.back.throw_again(its_clock - 1)
                 continue
             tell = None if self.back is None else partial(self.tell, its_clock, *columns)
@@ -142,6 +155,7 @@ class UpperEnd:
             self.changed.wait_for(lambda: self.nudged or self.due or self.waiting
                                   or self.replay.allowed >= self.batch_size, seconds)
             self.nudged = False
+            # what must be answered comes first, unless replay has fallen too far behind
             due = self.due and self.replay.allowed <= (
                 max(1, BEHIND * self.replay.replay) * self.batch_size)
             if due or self.waiting:
@@ -196,6 +210,8 @@ class LowerEnd:
 
     def gradients(self, h=None, y=None, clock=0, tell=None):
         """(g, tell) of each update that can be made now, see exchange.Source."""
+        if h is None and not self.source.takes_back:
+            return
         for g, its_tell in self.source.gradients(h, y, clock, tell):
             with trace.span("update", clock=clock):  # until the train function wants the next one
                 yield g, its_tell

@@ -133,6 +133,7 @@ class Model:
         mean, deviation, scale = self.moments = moments
         with tf.device("CPU"):
             value, weights = self.step((h - mean) / deviation, g / scale)
+        value = float(value)
         if not value < 1e6:  # NaN, too
             raise Diverged("the oracle diverged; try a lower --learning-rate")
         arrays = iter([each.numpy() for each in weights])
@@ -140,7 +141,7 @@ class Model:
 
         def guess(h):
             return scale * forward(self.activations, weights, (h - mean) / deviation)
-        return float(value), guess
+        return value, guess
 
 
 class Oracle:
@@ -186,8 +187,8 @@ class Oracle:
             self.examples.add(inputs, g, clock, start)
 
     def train(self, seconds=0):
-        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so. All
-        that is new is among them, so `newest` is the newest clock of the last arrival's start."""
+        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so. The
+        newest are among them, so `newest` is the newest clock of the last arrival's start."""
         drawn = self.examples.draw(self.per_call, self.rng, seconds, newest_first=True)
         if not drawn:
             return False

@@ -94,8 +94,7 @@ def post_gradients(server, token, below):
 class Above:
     """The part and the oracle above a cut, over HTTP. It is created before they answer.
 
-    throw, throw_again, guess, true_gradients, trained, wait and news_seconds are what
-    links.LowerEnd calls.
+    What links.LowerEnd calls stands there.
     """
     window = 1          # delayed gradients that may be on their way at first
     news_seconds = 0.2  # that one try waits for a gradient, so that a stop request is noticed

@@ -112,7 +112,7 @@ def draw_curves(figure, metrics):
     def drawable(run, column):
         return np.isfinite(run.get(column, np.nan)).any() and {"seconds", "examples"} <= set(run)
     rows = [column for column in CURVES
-            if any(drawable(run, column) for run in metrics.values())] or ["test_mse"]
+            if any(drawable(run, column) for run in metrics.values())] or [NUMBER.score]
     heights = [3 if column.startswith("test") else 2 for column in rows]
     across = ("seconds", 1, "seconds of training"), ("examples", 1e6, "millions of examples")
     tall = is_tall(figure)
@@ -149,7 +149,7 @@ def read_run(folder):
     return {**runs.read_metrics(folder), "constant_guess": constant if known else None}
 
 
-KINDS = {  # of pictures of a snapshot: how to draw it, inches, inches on the live page, animation
+KINDS = {  # of pictures: function, inches, inches on the live page and where it is tall, animation
     "surface": (draw_surface, (6.4, 3.2), (8, 3.6), (4, 8), "learning.gif"),
     "guess": (draw_guess, (9, 5.4), (8, 4.8), (4, 8.6), "guesses.gif")}
 DAMAGED = ValueError, LookupError, TypeError, RuntimeError  # what a damaged file raises
@@ -232,7 +232,7 @@ def main():
     args = parser.parse_args()
     if args.live:
         from plumbing import live, process
-        process.run(lambda args, stop: live.main(draw_live, args, stop), parser)
+        process.run(lambda args, stop: live.main(draw_live, args, stop), parser)  # never returns
     folders = list(dict.fromkeys(args.runs)) or runs_here()
     with options.one_line_errors(parser), file_errors():
         if not folders:

@@ -44,8 +44,8 @@ class Replay:
 
     def draw(self, count, rng, seconds=0, newest_first=False):
         """`count` rows of each column, drawn with replacement; None if so many are not allowed in
-        time. `newest_first`: all that arrived since the last draw comes first, the newest in row 0,
-        so that no news is missed by chance."""
+        time. `newest_first`: what arrived since the last draw comes first, the newest in row 0, so
+        that no news is missed by chance."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.allowed >= count, seconds):
                 return None
@@ -61,8 +61,9 @@ class Replay:
             return [each.take(rows, axis=0, mode="clip") for each in self.columns]
 
     def newest_start(self):
-        """What is of another one is of before a restart, and comes late."""
-        return next(reversed(self.starts), None)
+        """The mark of the part below's last start: what has another one is of before a restart."""
+        with self.changed:
+            return next(reversed(self.starts), None)
 
     def counters(self):
         with self.changed:

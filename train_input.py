@@ -48,7 +48,7 @@ def train(part, x, y, order, learning_rate, momentum, throw, gradients):
     for i in order:
         h = feed_forward(part.layers, x[i])
         throw(i, h, y[i], part.clock)                     # to the part above, fire-and-forget
-        for g, _ in gradients(h, y[i], part.clock):       # the oracle's guess ĝ, centered
+        for g, _ in gradients(h, y[i], part.clock):       # by default the oracle's guess ĝ
             backprop(part.layers, g)
             part.descend(learning_rate(part.clock), momentum)
         part.clock += 1
@@ -88,26 +88,25 @@ class Run:
         self.link = LowerEnd(self.part, above, process.START, self.k, args,
                              np.random.default_rng([args.seed, 5]))
         self.examples, self.seconds, self.row, self.progress = 0, 0.0, {}, None
-        self.began = time.perf_counter()
+        self.phases = {"until_ready": 0.0, "snapshots": 0.0}  # seconds of this start
         self.updates_above, self.state = None, "waiting for the other processes"
 
     def connect(self):
         """Continue from the checkpoint or begin, once the others answer and fit."""
-        args, part, bounded = self.args, self.part, self.link.bounded
+        args, part, bounded, began = self.args, self.part, self.link.bounded, time.perf_counter()
         self.above.connect(self.k, len(self.data.x))
         data.check_targets(self.data, self.above.network[-1], "the network of all --layers",
                            task_of)
-        resumed = args.resume and part.resume(True, self.link.source.layers)
-        part.besides = list(self.link.source.layers)
+        resumed = args.resume and part.resume(True)
         self.above.check_use(resumed, part)
         self.examples, self.seconds, bounded.waits, bounded.waited = (
             part.numbers.get(name, 0) for name in ("examples", "seconds", "waits", "waited"))
+        self.phases["until_ready"] = time.perf_counter() - began
         self.progress = runs.Progress(args.progress_dir, [
             "seconds", "examples", "epoch", self.score, "gradient_cosine", "staleness",
             "staleness_p95", "waits", "waited", "updates"],
             {**vars(args), "token": None, "constant_guess": self.constant,
-             "seconds_until_ready": time.perf_counter() - self.began, "machine": machine()},
-            args.resume)
+             "seconds": self.phases, "machine": machine()}, args.resume)
 
     def save(self):
         bounded = self.link.bounded
@@ -117,8 +116,8 @@ class Run:
         self.part.save()
 
     def take(self):
-        """Compose the network of this part's weights and those above, as they are when asked for.
-        Test it; write a checkpoint, a row and a snapshot."""
+        """Compose the network as it is now. Test it; write a checkpoint, a row and a snapshot."""
+        began = time.perf_counter()
         mine = self.part.weights()[0]
         theirs, updates = self.above.weights()
         if any(new < old for old, new in zip(self.updates_above or updates, updates, strict=True)):
@@ -135,6 +134,8 @@ class Run:
                     "epoch": self.examples / len(self.data.x), "gradient_cosine": cosine,
                     self.score: test_score(network, self.data.x_test, self.data.y_test)}
         self.progress.write(mine + theirs, probe, **self.row)
+        self.phases["snapshots"] += time.perf_counter() - began
+        self.phases.update(training=self.seconds, waiting=self.link.bounded.waited)
 
     def try_to_take(self):
         """take(), but a disk that is full does not end the run."""
@@ -144,8 +145,8 @@ class Run:
             say(f"no snapshot: {error}; training goes on")
 
     def compare_gradients(self, network):
-        """The mean over held-out examples of the cosine of ĝ and g. For pictures, where x has two
-        columns, both for four units, too. NaN and {} where no oracle is asked."""
+        """The mean over held-out examples of the cosine of ĝ and g; NaN where no oracle is asked.
+        Where x has two columns, also x, and g and ĝ of four units, for a picture of them."""
         if not self.link.source.asks_oracle:
             return float("nan"), {}
         below, above = network[:len(self.part.layers)], network[len(self.part.layers):]

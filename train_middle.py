@@ -27,11 +27,12 @@ DEFAULTS = LOWER | dict(
 
 def train(part, minibatches, learning_rate, momentum, throw, gradients):
     """The algorithm. Yields the mean square of the gradient dL/dx, at each update. A minibatch is
-    None if only a gradient has come back from above."""
+    None if nothing came from below; but a gradient may have come back from above."""
     for minibatch in minibatches:
-        i, x, y, _, tell = minibatch or (None,) * 5
-        h = None if minibatch is None else feed_forward(part.layers, x)
+        h = y = tell = None
         if minibatch:
+            i, x, y, _, tell = minibatch
+            h = feed_forward(part.layers, x)
             throw(i, h, y, part.clock)                  # to the part above, fire-and-forget
         for g, its_tell in gradients(h, y, part.clock, tell):
             g = backprop(part.layers, g)
@@ -82,7 +83,7 @@ def main(args, stop):
     serving.serve(app, listener, args)
     k = above.connect()
     link = LowerEnd(part, above, process.START, k, args, rng)
-    above.check_use(part.resume(args.resume, link.source.layers), part)
+    above.check_use(part.resume(args.resume), part)
     part.save()  # from now on --resume continues this run
     say(f"middle trainer {args.layers} answers on {options.address(args.host, args.port)}")
     reporter = process.Reporter(below.line)

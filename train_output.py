@@ -6,7 +6,7 @@ train_input.py throws (i, h, y, clock) at it: indices, activations, targets, and
 minibatch. It trains in a loop on what has arrived so far, the last arrival first. The true
 gradients g = dL/dh that its backprop gives there go to oracle.py, fire-and-forget. With
 train_input.py --gradients delayed they go back to the input trainer: --oracle-server
-127.0.0.1:5003. Otherwise nobody takes them: --oracle-server none.
+127.0.0.1:5003. With true, local or zero nobody takes them: --oracle-server none.
 """
 from plumbing import options, runs, say  # first, see there
 import numpy as np

@@ -35,11 +35,14 @@ from sgd import make_layers, minibatches, schedule, task_of, test_score
 
 
 class Late(collections.deque):
-    """True gradients on their way down, (when they arrive, columns). Nothing is lost here."""
-    clock, delay = 0, 0
+    """Gradients on their way down to a part, (when they arrive, columns). None is lost."""
+
+    def __init__(self, part, delay):
+        super().__init__()
+        self.part, self.delay = part, delay
 
     def throw(self, *columns):
-        self.append((self.clock + self.delay, columns))
+        self.append((self.part.clock + self.delay, columns))
 
     def throw_again(self, after):
         pass
@@ -54,27 +57,27 @@ class Cut:
     news_seconds, window = 0, None  # only --delay says how late gradients are
 
     def __init__(self, args, part, train, higher, k, num_examples):
-        width, self.part, self.train, self.higher = len(part.layers[-1].b), part, train, higher
-        source, self.late, self.oracle = SOURCES[args.gradients], Late(), None
-        self.late.delay, self.takes_back = args.delay, source.takes_back
-        replay = 0 if higher else args.replay  # a middle part does not replay
-        self.above = UpperEnd(Replay(args.keep, replay), args.batch_size,
-                              np.random.default_rng([args.seed, 2, width]),
-                              self.late if source.takes_back or source.asks_oracle else None)
+        def rng(stream):
+            return np.random.default_rng([args.seed, stream, width])
+        self.part, self.train, self.higher, width = part, train, higher, len(part.layers[-1].b)
+        self.late, self.oracle, source = Late(part, args.delay), None, SOURCES[args.gradients]
+        back = self.late if source.takes_back or source.asks_oracle else None
+        self.above = UpperEnd(Replay(args.keep, 0 if higher else args.replay), args.batch_size,
+                              rng(2), back)  # a middle part does not replay
+        self.link = LowerEnd(part, self, 0, k, args, rng(5))
+        self.take = self.link.take_back
         if source.asks_oracle:
             self.oracle = oracle.Oracle(
                 [width, *args.oracle_layers, width], k * args.condition_on_labels,
                 oracle.DEFAULTS["keep"], args.oracle_replay, args.oracle_rate, args.batch_size,
                 args.seed, stream=[width]).start()
             check_oracle(self.oracle.needs, args.staleness, args.batch_size, num_examples)
-            self.guess = self.oracle.guess
-        self.link = LowerEnd(part, self, 0, k, args, np.random.default_rng([args.seed, 5, width]))
+            self.guess, self.take = self.oracle.guess, self.oracle.add
 
     def throw(self, *columns):
         """The part above trains on it at once, and on replay as far as that is allowed."""
-        self.late.clock = self.part.clock
-        self.above.add(*columns, every=self.takes_back)
-        collections.deque(self.train(iter(self.above.next, None)), maxlen=0)
+        self.above.add(*columns, every=self.link.source.takes_back)
+        self.train_above()
         self.deliver(self.part.clock)
 
     def throw_again(self, after):
@@ -83,8 +86,11 @@ class Cut:
     def true_gradients(self, *columns):
         answer = []
         self.above.ask(*columns, answer.append)
-        collections.deque(self.train(iter(self.above.next, None)), maxlen=0)
+        self.train_above()
         return answer[0]
+
+    def train_above(self):
+        collections.deque(self.train(iter(self.above.next, None)), maxlen=0)
 
     def trained(self):
         return self.above.trained
@@ -92,11 +98,8 @@ class Cut:
     def deliver(self, now):
         """What is due arrives; an oracle trains on all that it may."""
         while self.late and self.late[0][0] <= now:
-            *columns, g = self.late.popleft()[1]
-            if self.takes_back:
-                self.link.take_back(0, int(columns[3][0]), 0, g)
-            else:
-                self.oracle.add(0, int(columns[3][0]), 0, *columns, g)
+            _, columns = self.late.popleft()
+            self.take(0, int(columns[3][0]), 0, *columns)
         while self.oracle and self.oracle.train():
             pass
 
@@ -140,23 +143,14 @@ def make_parser():
     mine, theirs, add_to = train_input.DEFAULTS, train_output.DEFAULTS, oracle.DEFAULTS
     same = "learning_rate", "momentum", "decay", "warm_up", "batch_size", "seed"
     parser = options.make_parser(
-        __doc__, layers=[2, 24, 12, 1], num_epochs=8, staleness=200, keep=theirs["keep"],
-        replay=theirs["replay"], **{name: mine[name] for name in same})
+        __doc__, layers=[2, 24, 12, 1], cuts=[1], num_epochs=8, delay=6, staleness=200,
+        keep=theirs["keep"], replay=theirs["replay"], output_rate=theirs["learning_rate"],
+        output_momentum=theirs["momentum"], oracle_layers=add_to["layers"][1:-1],
+        oracle_rate=add_to["learning_rate"], oracle_replay=add_to["replay"],
+        **{name: mine[name] for name in same})
+    parser.add_argument("--condition-on-labels", action="store_true", help="oracles see y")
     data.add_options(parser)
     train_input.add_gradients(parser)
-    for name, kind, default, words in (
-            ("--delay", int, 6, "updates until a true gradient arrives"),
-            ("--output-rate", float, theirs["learning_rate"], "rate of the highest part"),
-            ("--output-momentum", float, theirs["momentum"], "momentum of the highest part"),
-            ("--oracle-replay", float, add_to["replay"], "draws per new gradient"),
-            ("--oracle-rate", float, add_to["learning_rate"], "learning rate of the oracles")):
-        parser.add_argument(name, type=options.number(kind, 0), default=default,
-                            help=f"{words} (%(default)s)")
-    parser.add_argument("--cuts", type=int, nargs="+", default=[1],
-                        help="layers below each cut (%(default)s)")
-    parser.add_argument("--oracle-layers", type=int, nargs="*", default=add_to["layers"][1:-1],
-                        help="hidden layers of the oracles; none: linear (%(default)s)")
-    parser.add_argument("--condition-on-labels", action="store_true", help="oracles see y")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Command-line options that several programs share, and errors as one line."""
+"""Command-line options by name, and errors as one line."""
 import argparse
 import contextlib
 import math
@@ -46,6 +46,14 @@ SHARED = {
     "trace": dict(type=Path, help="file for a trace of the last events, see plumbing/trace.py"),
     "resume": dict(action="store_true", help="continue from a checkpoint in --progress-dir"),
     "checkpoint_seconds": dict(type=number(float, 0), help="between checkpoints (%(default)s)"),
+    "cuts": dict(type=int, nargs="+", help="layers below each cut (%(default)s)"),
+    "delay": dict(type=number(int, 0), help="updates until a gradient arrives (%(default)s)"),
+    "output_rate": dict(type=number(float, 1e-12, 1e6), help="of the highest part (%(default)s)"),
+    "output_momentum": dict(type=number(float, 0, 1), help="of the highest part (%(default)s)"),
+    "oracle_layers": dict(type=number(int, 1), nargs="*",
+                          help="hidden layers of the oracles; none: linear (%(default)s)"),
+    "oracle_rate": dict(type=number(float, 1e-12, 1e6), help="of the oracles (%(default)s)"),
+    "oracle_replay": dict(type=number(float, 0), help="draws per new gradient (%(default)s)"),
     "snapshot_seconds": dict(type=number(float, 0), help="between rows (%(default)s)"),
 }
 

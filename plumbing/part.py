@@ -16,7 +16,8 @@ class Part:
     """
 
     def __init__(self, layers, folder=None, **same):
-        self.layers, self.besides, self.same = layers, [], same  # besides: of a local loss' head
+        self.layers, self.same = layers, same
+        self.besides = []                   # further layers in the checkpoint: a local loss' head
         self.clock, self.average = 0, None  # minibatches; of what the last hundred or so gave
         self.numbers = {}                   # further ones that the checkpoint holds
         self.lock, self.checkpoint = threading.Lock(), folder and runs.Checkpoint(folder)
@@ -33,12 +34,9 @@ class Part:
         with self.lock:
             return [(layer.w.copy(), layer.b.copy()) for layer in self.layers], self.clock
 
-    def resume(self, wanted, besides=()):
+    def resume(self, wanted):
         """Continue from the checkpoint if that is `wanted`, else put an earlier run's aside.
-
-        besides: further layers that it holds. True if there was one.
-        """
-        self.besides = list(besides)
+        True if there was one to continue from."""
         if not wanted:
             self.checkpoint.put_aside()
             return False

@@ -8,7 +8,7 @@ from plumbing import say
 
 THROWN = 20_000  # examples that an Outbox holds at most
 MAX_BYTES = 2**22  # of arrays in a message, and one minibatch more
-PAUSE = 0.004    # seconds between posts: what is thrown meanwhile shares one request
+PAUSE = 0.008    # seconds between posts: what is thrown meanwhile shares one request
 TRY_AGAIN = 0.5  # seconds until a post that failed is followed by the next one
 
 

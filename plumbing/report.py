@@ -1,6 +1,7 @@
 """What a run ran on, for run.json, and what came out of it, which plumbing.launch prints."""
 import os
 import platform
+import statistics
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +41,7 @@ def summary(folder):
     if not rows:
         return [f"{folder} holds no row yet"]
     name = runs.score_of(rows[0])
-    reached = sorted(float(row[name]) for row in rows[-3:])[len(rows[-3:]) // 2]
+    reached = statistics.median(float(row[name]) for row in rows[-3:])
     epochs, kind = float(rows[-1]["epoch"]), run.get("gradients", "synthetic")
     lines = [f"{kind} gradients: held-out {name[5:]} {reached:.4f} after {epochs:g} epochs and "
              f"{float(rows[-1]['seconds']):.0f} s; a constant guess has "

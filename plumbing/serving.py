@@ -61,7 +61,7 @@ def refusal(host, authorization, names, token):
 
 def names_of(args):
     """The names by which a process may be asked. Any number may be used, too."""
-    names = "localhost", args.host, socket.gethostname(), *(getattr(args, "allow_host", None) or ())
+    names = "localhost", args.host, socket.gethostname(), *args.allow_host
     return {name.lower() for name in names}
 
 

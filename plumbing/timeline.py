@@ -171,6 +171,8 @@ def run(name, extra, argv, signals):
     folder = Path("timeline")
     args = launch.parse(["--first-port", str(launch.free_first_port()), "--num-epochs", "1", *argv,
                          *extra, "--progress-dir", str(folder / name)])
+    if len(args.parts) > 2:
+        sys.exit("plumbing.timeline: it draws one cut, so --parts takes two parts")
     commands = launch.command_lines(args)
     commands.pop("page")
     files = {each: folder / f"{name}_{each}.json" for each in commands}

@@ -12,7 +12,7 @@ from urllib3.util import parse_url
 from plumbing import MAX_MAGNITUDE
 from plumbing.errors import Diverged, NoAnswer, Refused, UserError
 
-MAX_BODY = 2**25        # bytes of a request; what is thrown is put into messages of half of that
+MAX_BODY = 2**25        # bytes of a request; a minibatch in base64 takes half of that at most
 MAX_VALUES = 2**20      # bytes of an array that is spelled out in "values", which is for people
 MAX_INTEGER = 2**53     # of an index or a clock
 
@@ -33,8 +33,6 @@ class Array(msgspec.Struct, Generic[Shape, DType], forbid_unknown_fields=True):
 Vector = Array[tuple[Count], Literal["float32"]]
 Matrix = Array[tuple[Count, Count], Literal["float32"]]
 Integers = Array[tuple[Count], Literal["int64"]]
-AnyArray = Array[Annotated[list[Count], msgspec.Meta(max_length=8)],
-                 Literal["float32", "float64", "int32", "int64"]]
 
 
 class Malformed(ValueError):
@@ -52,11 +50,9 @@ def ndarray_to_json(array, values=False):
 
 
 def json_to_ndarray(message, dtype="float32"):
-    """The inverse: a dict or an Array -> an array. `dtype` is that of `values` that do not name
-    one. Raises Malformed."""
+    """The inverse: an Array -> an array. `dtype` is that of `values` that do not name one. Raises
+    Malformed."""
     try:
-        if isinstance(message, dict):
-            message = msgspec.json.decode(msgspec.json.encode(message), type=AnyArray)
         dtype = np.dtype(message.dtype or dtype)
         if (message.base64 is UNSET) == (message.values is UNSET):
             raise ValueError('expected either "base64" or "values"')

@@ -14,7 +14,10 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import msgspec
+
 from plumbing.runs import read_metrics
+from plumbing.wire import Array, json_to_ndarray
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 60  # seconds that anything here is waited for
@@ -64,6 +67,12 @@ def status(port):
             return json.load(answer)
     except (OSError, http.client.HTTPException):
         return None
+
+
+def array_of(message):
+    """The array in a JSON answer, {"shape": ..., ...}, of any shape."""
+    return json_to_ndarray(msgspec.json.decode(msgspec.json.encode(message),
+                                               type=Array[list[int], str]))
 
 
 def wait_until(condition, what, timeout=DEADLINE, pause=0.05):

@@ -470,7 +470,7 @@ def test_what_it_waits_for_is_said_with_the_numbers():
     asker = Asker(bound=7, newest=(START, 3))
     assert asker.ask(10)
     with pytest.raises(NoAnswer, match="at update 17, .* of update 9, and --staleness is 7"):
-        Asker(bound=7).bounded.too_old(17, 9)
+        Asker(bound=7).bounded.raise_too_old(17, 9)
     with pytest.raises(NoAnswer, match="at update 20, .* of update 9"):
         asker.bounded(20, lambda: (None, None))
 

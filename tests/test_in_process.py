@@ -219,7 +219,7 @@ def record(monkeypatch):
             names[self] = len(names)
             super().__init__(*args)
             if self.oracle:
-                add, guess, throw_down = self.oracle.add, self.guess, self.late.throw
+                add, guess, throw_down = self.take, self.guess, self.late.throw
 
                 def recorded_add(start, clock, *rest):
                     note(self, "deliver", clock)
@@ -233,7 +233,7 @@ def record(monkeypatch):
                 def recorded_tell(*columns):
                     note(self, "tell", columns[3][0])
                     throw_down(*columns)
-                self.oracle.add, self.guess = recorded_add, recorded_guess
+                self.take, self.guess = recorded_add, recorded_guess
                 self.late.throw = recorded_tell
 
         def throw(self, *columns):

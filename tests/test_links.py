@@ -2,6 +2,7 @@
 their loops. No process, hardly a socket."""
 import argparse
 import concurrent.futures
+import json
 import threading
 from types import SimpleNamespace
 
@@ -20,9 +21,10 @@ from plumbing import data, process, runs, serving
 from plumbing.errors import Diverged, NoAnswer, Refused, UserError
 from plumbing.part import Part
 from plumbing.posting import THROWN, Outbox
-from plumbing.wire import encode, json_to_ndarray
+from plumbing.wire import encode
 from sgd import NUMBER, backprop, feed_forward, make_layers
 from synthgrad import PartClient, Status
+from tests.processes import array_of
 from tests.test_exchange import BEFORE, START, Clock, FakeAbove, columns, delayed_link, new_oracle
 from tests.test_exchange import cheap as cheap
 
@@ -205,7 +207,7 @@ def test_an_arrival_and_a_nudge_end_the_wait_for_a_minibatch():
 
 H, Y = np.random.default_rng(0).random((4, 3), "f"), np.ones((4, 1), "f")
 EXAMPLES = dict(i=np.arange(4), h=H, y=Y, clock=np.full(4, 7), start=np.full(4, START))
-SERVER = argparse.Namespace(host="127.0.0.1", token=None, trace=None)
+SERVER = argparse.Namespace(host="127.0.0.1", token=None, trace=None, allow_host=[])
 
 
 def post(client, path, **columns):
@@ -253,7 +255,7 @@ def test_a_question_is_one_update_however_often_it_is_asked(impatient):
     train(part, upper)
     for _ in range(3):  # the first was lost
         answer = post(client, "/true_gradients", **EXAMPLES).json
-        assert (json_to_ndarray(answer["gradients"]) == g).all(), "of before the update"
+        assert (array_of(answer["gradients"]) == g).all(), "of before the update"
     assert part.clock == 1 and not upper.due
 
 
@@ -276,7 +278,7 @@ def test_a_question_is_answered_by_the_training_loop():
     answer = post(make_server(upper), "/true_gradients", **EXAMPLES)
     loop.join(10)
     assert answer.status_code == 200 and part.clock == 1
-    assert json_to_ndarray(answer.json["gradients"]).shape == (4, 3)
+    assert array_of(answer.json["gradients"]).shape == (4, 3)
 
 
 @pytest.mark.parametrize("every", [True, False])
@@ -311,8 +313,8 @@ def test_weights_are_those_of_this_part_and_of_all_above_with_the_updates_of_eac
     client = make_server(make_upper(), weights=lambda: (part.weights()[0] + theirs, [5, 9]))
     answer = client.get("/weights").json
     assert answer["updates"] == [5, 9] and len(answer["layers"]) == 3
-    assert (json_to_ndarray(answer["layers"][2]["w"]) == 1).all()
-    assert (json_to_ndarray(answer["layers"][0]["w"]) == part.layers[0].w).all()
+    assert (array_of(answer["layers"][2]["w"]) == 1).all()
+    assert (array_of(answer["layers"][0]["w"]) == part.layers[0].w).all()
 
 
 def provide(add, k, *minibatches):
@@ -539,14 +541,16 @@ def test_the_average_is_over_the_last_hundred_or_so(tmp_path):
 
 def test_a_resumed_part_continues_its_count_and_another_one_puts_the_checkpoint_aside(tmp_path):
     first, beside = make_part(tmp_path), make_layers([2, 4, 1], np.random.default_rng(1))
-    assert not first.resume(False, beside)
+    assert not first.resume(False)
+    first.besides = beside
     first.clock, first.average, first.numbers["above"] = 41, 0.5, 17
     for layer in first.layers + beside:
         layer.w += 1
         layer.b_velocity -= 1
     first.save()
     resumed, other = make_part(tmp_path), make_layers([2, 4, 1], np.random.default_rng(2))
-    assert resumed.resume(True, other)
+    resumed.besides = other
+    assert resumed.resume(True)
     assert (resumed.clock, resumed.average, resumed.numbers) == (41, 0.5, {"above": 17})
     for mine, its in zip(resumed.layers + other, first.layers + beside, strict=True):
         assert (mine.w == its.w).all() and (mine.b_velocity == its.b_velocity).all()
@@ -721,7 +725,8 @@ def input_options(tmp_path, small_data, **changed):
     return train_input.with_rates(argparse.Namespace(**{
         **train_input.DEFAULTS, **train_input.HEAD, "num_epochs": 1, "snapshot_seconds": 0,
         "gradients": "synthetic", "progress_dir": tmp_path / "progress", "x": x, "y": y,
-        "held_out": None, "host": "127.0.0.1", "port": 0, "token": None, "trace": None, **changed}))
+        "held_out": None, "host": "127.0.0.1", "port": 0, "token": None, "trace": None,
+        "allow_host": [], **changed}))
 
 
 @pytest.fixture
@@ -778,15 +783,15 @@ def test_a_resumed_run_continues_its_clock_its_order_its_waits_and_its_head(
     assert resumed.above.resumed is True and resumed.part.numbers["above"] == 100
     assert (resumed.examples, resumed.seconds) == (1000, run.seconds)
     assert (resumed.link.bounded.waits, resumed.link.bounded.waited) == (3, 7.5)
-    assert same(resumed.link.source.layers, run.link.source.layers)
+    assert same(resumed.part.besides, run.part.besides)
     finish(resumed)
     assert resumed.above.clocks() == list(range(10, 38))
     seconds = [float(row["seconds"]) for row in resumed.progress.rows]
     assert seconds == sorted(seconds)
     in_one_go = finish(make_run(folder=tmp_path / "other", gradients=gradients))
     assert same(resumed.part.layers, in_one_go.part.layers)
-    assert same(resumed.link.source.layers, in_one_go.link.source.layers)
-    assert len(in_one_go.link.source.layers) == 2 * (gradients == "local")
+    assert same(resumed.part.besides, in_one_go.part.besides)
+    assert len(in_one_go.part.besides) == 2 * (gradients == "local")
 
 
 def test_both_rate_and_momentum_of_layer_1_are_what_was_asked_for(make_run, tmp_path):
@@ -810,6 +815,18 @@ def test_with_a_full_disk_a_run_goes_on_says_so_and_tears_nothing(make_run, monk
     assert int(runs.read_rows(run.args.progress_dir)[-1]["updates"]) == 38
     for path in runs.snapshots(run.args.progress_dir):
         runs.read_snapshot(path)
+
+
+def test_run_json_says_the_seconds_of_each_phase(make_run):
+    run = make_run()
+    run.link.bounded.waited = 0.25
+    with run.progress.ending():
+        finish(run)
+    seconds = json.loads((run.progress.folder / "run.json").read_text())["seconds"]
+    assert seconds["waiting"] == 0.25 and seconds["training"] == run.seconds > 0
+    assert 0 < seconds["until_ready"] < 60
+    assert seconds["snapshots"] > 0 and set(seconds) == {
+        "until_ready", "training", "waiting", "snapshots"}
 
 
 def run_main(monkeypatch, above, args):

@@ -28,12 +28,11 @@ from plumbing.wire import (
     Malformed,
     decode,
     encode,
-    json_to_ndarray,
     ndarray_to_json,
 )
 from sgd import make_layers, task_of
 from synthgrad import Examples, Gradients, OracleClient, PartClient, Question, encode_weights
-from tests.processes import ROOT, wait_until
+from tests.processes import ROOT, array_of, wait_until
 
 dtypes = st.sampled_from(["float32", "float64", "int32", "int64"])
 shapes = arrays_of.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
@@ -42,7 +41,7 @@ shapes = arrays_of.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
 @for_any(dtypes.flatmap(lambda dtype: arrays_of.arrays(dtype, shapes)), st.sampled_from(["C", "F"]))
 def test_any_array_survives_base64(array, order):
     message = json.dumps(ndarray_to_json(np.asarray(array, order=order)))
-    again = json_to_ndarray(json.loads(message))
+    again = array_of(json.loads(message))
     assert again.dtype == array.dtype and again.shape == array.shape
     np.testing.assert_array_equal(again, array)
 
@@ -51,14 +50,14 @@ def test_any_array_survives_base64(array, order):
 def test_any_array_survives_values(array):
     message = ndarray_to_json(array, values=True)
     assert set(message) == {"shape", "values"}
-    np.testing.assert_array_equal(json_to_ndarray(json.loads(json.dumps(message))), array)
+    np.testing.assert_array_equal(array_of(message), array)
 
 
 def test_arrays_travel_little_endian():
     swapped = np.array([1.5, -2], ">f4")
     message = ndarray_to_json(swapped)
     assert message == {"shape": [2], "dtype": "float32", "base64": "AADAPwAAAMA="}
-    assert json_to_ndarray(message).dtype == np.dtype("float32")
+    assert array_of(message).dtype == np.dtype("float32")
 
 
 GOOD = ndarray_to_json(np.zeros((2, 3), "f"))
