@@ -152,6 +152,7 @@ def read_run(folder):
 KINDS = {  # of pictures: function, inches, inches on the live page and where it is tall, animation
     "surface": (draw_surface, (6.4, 3.2), (8, 3.6), (4, 8), "learning.gif"),
     "guess": (draw_guess, (9, 5.4), (8, 4.8), (4, 8.6), "guesses.gif")}
+PLACES = {}  # of the axes in pictures that this process has drawn, see png()
 DAMAGED = ValueError, LookupError, TypeError, RuntimeError  # what a damaged file raises
 
 
@@ -163,7 +164,8 @@ def draw_snapshot(path, pictures):
         for kind, (draw, size, *_) in KINDS.items():
             picture = pictures / f"{kind}_{path.stem[9:]}.png"
             try:
-                picture.write_bytes(png(draw, *snapshot, size=size))
+                picture.write_bytes(png(draw, *snapshot, size=size,
+                                        places=PLACES.setdefault(picture.parent / kind, [])))
                 drawn[kind] = picture
             except NotDrawable as error:
                 problems[kind] = error

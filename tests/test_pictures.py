@@ -16,6 +16,7 @@ from PIL import Image
 
 import plot
 from plumbing import bar, live, new_figure
+from plumbing.pictures import png
 from plumbing.runs import Progress, read_snapshot, snapshots
 from sgd import make_layers
 from tests.processes import ROOT, Three, end, free_ports, start, wait_until
@@ -158,6 +159,24 @@ def test_each_unit_has_a_pair_of_panels_on_one_scale_with_its_cosine(size, tmp_p
     both = np.sum(probe["g"] * probe["guess"]) / np.sqrt(
         np.sum(probe["g"] ** 2) * np.sum(probe["guess"] ** 2))
     assert f"{both:.2f}" in figure.get_suptitle()
+
+
+def pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int)
+
+
+@pytest.mark.parametrize("kind", plot.KINDS)
+def test_the_next_picture_takes_its_layout_from_the_first_one(kind, tmp_path):
+    write_run(tmp_path / "run", [2, 5, 1], [a_probe(), a_probe(seed=1)])
+    draw, size, *_ = plot.KINDS[kind]
+    first, second = map(read_snapshot, snapshots(tmp_path / "run"))
+    places = []
+    png(draw, *first, size=size, places=places)
+    assert np.ptp([place.x0 for place in places[:2]]) > 0.1
+    again, alone = (pixels(png(draw, *second, size=size, places=each)) for each in (places, None))
+    assert np.abs(again - alone).mean() < 0.1
+    places[0] = places[0].translated(0.1, 0)
+    assert np.abs(pixels(png(draw, *second, size=size, places=places)) - alone).mean() > 1
 
 
 @pytest.mark.processes
