@@ -4,6 +4,7 @@ Started by plot.py --live. Nothing here knows how a picture is drawn: main() is 
 """
 import concurrent.futures
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -119,6 +120,12 @@ def statuses_of(processes):
     return {process.name: status for process, status in zip(processes, statuses, strict=True)}
 
 
+def url(host, port):
+    """Where a browser finds the page: by the machine's name where it listens on all addresses."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    return f"http://{options.address(name, port)}/"
+
+
 def main(draw, args, stop):
     """Serve the page until it is stopped."""
     folder = Path(args.runs[0] if args.runs else "progress")
@@ -150,6 +157,6 @@ def main(draw, args, stop):
         return (found, headers) if found else ("", 204, headers)
 
     serving.serve(app, listener, args)
-    say(f"the live page of {folder}: http://{options.address(args.host, args.port)}/")
+    say(f"the live page of {folder}: {url(args.host, args.port)}")
     while not stop:
         time.sleep(0.2)

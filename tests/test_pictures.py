@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -341,6 +342,13 @@ def test_the_page_says_that_the_input_trainer_writes_to_another_folder(tmp_path)
     assert line(str(tmp_path / "link")) is None
     assert str(tmp_path / "lr1") in line(str(tmp_path / "lr1"))
     assert live.other_folder({"input trainer": None}, tmp_path) is None
+
+
+def test_a_browser_is_given_an_address_that_it_can_open():
+    name = socket.gethostname()
+    assert live.url("0.0.0.0", 5004) == live.url("::", 5004) == f"http://{name}:5004/"
+    assert live.url("::1", 80) == "http://[::1]:80/"
+    assert live.url("127.0.0.1", 5004) == "http://127.0.0.1:5004/"
 
 
 def test_behind_a_proxy_with_a_prefix_the_page_asks_below_that_prefix():
