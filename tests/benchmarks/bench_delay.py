@@ -38,6 +38,7 @@ from sgd import (
 )
 from tests.benchmarks.measure import (
     DATA,
+    FUNCTIONS,
     KEPT,
     SEARCH_SEED,
     another_target,
@@ -45,9 +46,7 @@ from tests.benchmarks.measure import (
     make_parser,
     noisy_data,
     other_target,
-    ripples_target,
     table,
-    waves_target,
 )
 from train_input import mean_cosine, with_rates
 
@@ -55,7 +54,6 @@ EPOCHS = 3  # 5,700 updates
 DELAYS = 6, 20, 50, 100
 WIDTHS = 3, 6, 12, 24, 48
 PERSISTENCE = 1, 3, 6, 20, 50
-FUNCTIONS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
 SEARCHED = {"other": other_target, "another": another_target}  # for rates; for a way's own
 # learning rate, momentum, warm-up
 SHALLOW_RATES = (1, 0.9, 0), (2.7, 0.9, 0), (2.7, 0.9, 1000), (30, 0, 1000)

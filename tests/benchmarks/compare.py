@@ -15,7 +15,7 @@ import numpy as np
 
 from plot import draw_curves, png
 from tests.benchmarks.measure import (
-    DATA,
+    FUNCTIONS,
     KEPT,
     SEARCH_SEED,
     Runs,
@@ -23,13 +23,11 @@ from tests.benchmarks.measure import (
     final,
     make_parser,
     other_target,
-    ripples_target,
     run_sgd,
     run_three,
     swing,
     table,
     until,
-    waves_target,
 )
 
 SMALL, LINEAR = ["--layers", 24, 12, 24], ["--layers", 24, 24]
@@ -51,7 +49,6 @@ SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9
                                           "--learning-rate", 0.8, "--decay", 1e12],
           "sgd.py, one example at a time": []}
 GRID = ((1.6, 0.9), (2.7, 0.9), (4.0, 0.9), (12.0, 0.0), (20.0, 0.0), (30.0, 0.0), (50.0, 0.0))
-TARGETS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
 MINUTE = 60
 
 
@@ -88,7 +85,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=5, help="(%(default)s)")
     every = [*SINGLE, *WAYS]
     parser.add_argument("--ways", nargs="+", choices=every, default=every, help="(all)")
-    parser.add_argument("--target", choices=TARGETS, default="default", help="(%(default)s)")
+    parser.add_argument("--target", choices=FUNCTIONS, default="default", help="(%(default)s)")
     parser.add_argument("--seconds", type=int, help="of training, in place of --epochs")
     parser.add_argument("--away", type=int, default=0, metavar="MS",
                         help="milliseconds to the output trainer and back (%(default)s)")
@@ -96,7 +93,7 @@ def main():
     args = parser.parse_args()
     if args.search:
         return search(args.epochs, args.seeds)
-    data, epochs = TARGETS[args.target](KEPT / args.target), args.epochs
+    data, epochs = FUNCTIONS[args.target](KEPT / args.target), args.epochs
     if args.seconds:
         epochs = None
     what = f"{epochs} epochs" if epochs else f"{args.seconds} s"

@@ -83,6 +83,9 @@ def ripples_target(folder):
         0.6 * np.cos(9 * np.hypot(a - 0.3, b + 0.2)) + 0.3 * a * b))
 
 
+FUNCTIONS = {"default": lambda folder: DATA, "waves": waves_target, "ripples": ripples_target}
+
+
 def noisy_data(folder, columns=10, paths=DATA):
     """Paths of a problem, else the default one, with columns of noise beside the two that count, so
     that layer 1 must learn."""
