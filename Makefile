@@ -17,12 +17,10 @@ BROKEN := $(shell test ! -e $(VENV)/pyvenv.cfg || $(BIN)/python -c "" 2>/dev/nul
 run: x.npy
 	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) $(ARGS)
 	@$(BIN)/python plot.py
-	@echo "open learning.gif, guesses.gif, learning_curves.png and synthetic_plots/"
 
 chain: x.npy
 	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) --parts $(PARTS) $(ARGS)
 	@$(BIN)/python plot.py
-	@echo "open learning.gif, guesses.gif, learning_curves.png and synthetic_plots/"
 
 try: EPOCHS = 4
 try: x.npy

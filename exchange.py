@@ -109,15 +109,19 @@ class Synthetic(Source):
     rates = dict(learning_rate=30.0, momentum=0.0, warm_up=1000)
 
     def gradients(self, h, y, clock, tell):
-        yield centered(self.link.bounded(clock, lambda: self.link.above.guess(h, y))), tell
+        guess = self.link.bounded(clock, lambda: self.link.above.guess(h, y))
+        yield centered(self.used(guess)), tell
+
+    def used(self, guess):
+        """What becomes of the oracle's answer, (batch, width), before it is centered."""
+        return guess
 
 
 class Shuffled(Synthetic):
     """A control: each example gets the guess of another one in its minibatch."""
 
-    def gradients(self, *minibatch):
-        for g, tell in super().gradients(*minibatch):
-            yield self.rng.permutation(g), tell
+    def used(self, guess):
+        return self.rng.permutation(guess)
 
 
 class Delayed(Source):

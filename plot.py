@@ -4,10 +4,10 @@
     python plot.py progress sgd_progress        # these runs, overlaid and named by their folders
     python plot.py --live                       # a page that follows progress/ while it grows
 
-Writes learning_curves.png with all runs. Of the first run it draws each snapshot into
-synthetic_plots/: the learned surface beside the target, and the oracle's guess ĝ below the true
-gradient g. learning.gif and guesses.gif are the same as animations. The live page is a process of
-its own (plumbing/live.py), at http://127.0.0.1:5004/. No other process needs it.
+Writes learning_curves.png with all runs. Of the first run, or the newest one here, it draws each
+snapshot into synthetic_plots/: the learned surface beside the target, and the oracle's guess ĝ
+below the true gradient g. learning.gif and guesses.gif are the same as animations. The live page is
+a process of its own (plumbing/live.py), at http://127.0.0.1:5004/. No other process needs it.
 """
 import contextlib
 import itertools
@@ -88,7 +88,7 @@ def draw_guess(figure, _, row, probe):
     from matplotlib.tri import Triangulation
     g, guess = probe.get("g", np.zeros(0)), probe.get("guess", np.zeros(0))
     if not (np.isfinite(g).all() and np.isfinite(guess).all() and g.any() and guess.any()):
-        raise NotDrawable("No guesses to draw yet: the snapshot holds none, or only zeros.")
+        raise NotDrawable("No guesses to draw: the snapshot holds none, or only zeros.")
     tall, units = is_tall(figure), g.shape[1]
     axes = figure.subplots(*((units, 2) if tall else (2, units)), sharex=True, sharey=True,
                            squeeze=False)
@@ -214,11 +214,11 @@ def draw_live(folder, kind, tall):
 
 
 def runs_here():
-    """The folders here that hold a run, progress first, without those moved aside."""
-    found = {path.parent.name for path in Path(".").glob("*/metrics.csv")}
+    """The folders here that hold a run, the newest first, without those moved aside."""
+    found = {path.parent.name: path.stat().st_mtime_ns for path in Path(".").glob("*/metrics.csv")}
     aside = {name for name in found
              if Path(name).suffix[1:].isdigit() and Path(name).stem in found}
-    return sorted(found - aside, key=lambda name: (name != "progress", name))
+    return sorted(found.keys() - aside, key=found.get, reverse=True)
 
 
 def main():

@@ -145,7 +145,7 @@ class Run:
             say(f"no snapshot: {error}; training goes on")
 
     def compare_gradients(self, network):
-        """The mean over held-out examples of the cosine of ĝ and g; NaN where no oracle is asked.
+        """The mean over held-out examples of the cosine of g and ĝ as it is used; NaN if it is not.
         Where x has two columns, also x, and g and ĝ of four units, for a picture of them."""
         if not self.link.source.asks_oracle:
             return float("nan"), {}
@@ -156,7 +156,7 @@ class Run:
         g = backprop(above, task_of(self.k).loss_gradient(feed_forward(above, h), y))
         guess, _ = self.above.wait(lambda: self.above.guess(h, y))
         probe = {"x": x, "g": g[:, :4], "guess": guess[:, :4]} if x.shape[1] == 2 else {}
-        return mean_cosine(g, guess), probe
+        return mean_cosine(g, self.link.source.used(guess)), probe
 
     def status(self):
         return {**self.row, "layers": self.args.layers, "state": self.state, "score": self.score,
@@ -201,11 +201,10 @@ class Run:
                     raise
                 told = told or say(f"{error}; nothing is lost yet: make room") or True
                 time.sleep(1)
-        last = [float(row[self.score]) for row in self.progress.rows[-3:]]
         self.state = f"training is {'stopped' if self.stop else 'finished'}"
         say(f"{self.examples:,} examples in {self.seconds:.1f} s, held-out {self.score[5:]} "
-            f"{last[-1]:.4f} (median of the last {len(last)} rows {np.median(last):.4f}): "
-            f"{self.progress.metrics}")
+            f"{self.row[self.score]:.4f} (median of the last three rows "
+            f"{runs.reached(self.progress.rows):.4f}): {self.progress.metrics}")
 
 
 def mean_cosine(g, guess):

@@ -22,11 +22,11 @@ def main(argv):
         if code := launch.run(launch.command_lines(args), signals):
             return code
     drawn = subprocess.run([sys.executable, "plot.py", *folders, "--out", "try"])
-    print("layer 1's gradients, last held-out score, seconds of training")
+    print("layer 1's gradients, held-out score (median of three rows), seconds of training")
     for name, folder in zip(EXPERIMENTS, folders, strict=True):
-        row = runs.read_rows(folder)[-1]
-        score = runs.score_of(row)
-        print(f"{name:10} {score} {float(row[score]):.4f} {float(row['seconds']):6.1f}")
+        rows = runs.read_rows(folder)
+        print(f"{name:10} {runs.score_of(rows[0])} {runs.reached(rows):.4f} "
+              f"{float(rows[-1]['seconds']):6.1f}")
     return drawn.returncode
 
 

@@ -235,4 +235,6 @@ if __name__ == "__main__":
     args = parse(sys.argv[1:])
     if code := run(command_lines(args), signals):
         sys.exit(code)
-    print(*report.summary(args.progress_dir), sep="\n")
+    usual = all(vars(args)[name] == default for name, default in vars(parse([])).items()
+                if name in ("parts", "labels", "oracle_layers", "lower", "trainers"))
+    print(*report.summary(args.progress_dir, usual), sep="\n")

@@ -14,7 +14,7 @@ def png(draw, *args, size=(8, 3.6), dpi=100, places=None):
     """
     figure, buffer = new_figure(size), io.BytesIO()
     draw(figure, *args)
-    if places:
+    if len(places or ()) == len(figure.axes + figure.texts):
         figure.set_layout_engine("none")
         for each, place in zip(figure.axes + figure.texts, places, strict=True):
             each.set_position(place)

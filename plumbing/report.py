@@ -1,7 +1,6 @@
 """What a run ran on, for run.json, and what came out of it, which plumbing.launch prints."""
 import os
 import platform
-import statistics
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -35,25 +34,24 @@ def machine():
             bool(changes)}
 
 
-def summary(folder):
-    """[what came out, how it compares with the README's number, what to try next]."""
+def summary(folder, usual):
+    """[what came out, how it compares with the README's number, what to try next]. usual: whether
+    the network and the oracle are those of the README."""
     run, rows = files.read_json(Path(folder) / "run.json"), runs.read_rows(folder)
     if not rows:
         return [f"{folder} holds no row yet"]
     name = runs.score_of(rows[0])
-    reached = statistics.median(float(row[name]) for row in rows[-3:])
     epochs, kind = float(rows[-1]["epoch"]), run.get("gradients", "synthetic")
-    lines = [f"{kind} gradients: held-out {name[5:]} {reached:.4f} after {epochs:g} epochs and "
-             f"{float(rows[-1]['seconds']):.0f} s; a constant guess has "
+    lines = [f"{kind} gradients: held-out {name[5:]} {runs.reached(rows):.4f} after {epochs:g} "
+             f"epochs and {float(rows[-1]['seconds']):.0f} s; a constant guess has "
              f"{run.get('constant_guess', float('nan')):.4f}"]
-    if kind == "synthetic" and name == "test_mse":
+    if usual and kind == "synthetic" and name == "test_mse":
         lines.append(f"the README has {README_MSE:.4f} after {README_EPOCHS} epochs of the default "
                      f"problem; at that point this run had {at(rows, name, README_EPOCHS)}")
     others = [each for each in ("true", "delayed", "local", "zero") if each != kind]
-    lines.append("next: " + ", ".join(
-        f'make run ARGS="--gradients {each} --progress-dir {each}"' for each in others[:2])
-        + ", then make plots")
-    return lines
+    first, *rest = others
+    return [*lines, f'next: the same with ARGS="--gradients {first} --progress-dir {first}", or '
+                    f"with {', '.join(rest)}; then make plots"]
 
 
 def at(rows, name, epochs):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,12 @@ class Progress:
 def score_of(columns):
     """The name of the column that holds the held-out score: test_mse, test_error, ..."""
     return next(column for column in columns if column.startswith("test_"))
+
+
+def reached(rows):
+    """What a run came to: the median score of its last three rows, because single ones jump."""
+    name = score_of(rows[0])
+    return statistics.median(float(row[name]) for row in rows[-3:])
 
 
 def number_of(path):

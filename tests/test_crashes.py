@@ -10,13 +10,13 @@ from sgd import make_layers
 from tests.processes import Three, end, start, wait_until
 
 pytestmark = pytest.mark.processes
-UPDATES = 30 * 38  # of 30 epochs of 3,800 examples
+UPDATES = 20 * 38  # of 20 epochs of 3,800 examples
 
 
 def test_a_restart_at_any_stage_ends_in_a_finished_run(tmp_path, small_data):
     """Each of the three is killed as soon as it answers, in the middle, and near the end."""
     three = Three(tmp_path, output=["--resume", "--checkpoint-seconds", 0.5], input=[
-        *small_data, "--num-epochs", 30, "--resume", "--staleness", 50, "--learning-rate", 0.3,
+        *small_data, "--num-epochs", 20, "--resume", "--staleness", 50, "--learning-rate", 0.3,
         "--snapshot-seconds", 1])
     three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
 
@@ -67,7 +67,7 @@ def test_the_output_trainer_continues_from_its_own_checkpoint(tmp_path, small_da
 
 
 @pytest.mark.parametrize("batch_size, staleness, on, oracle", [
-    (1, 250, 2300, []), (10, 50, 600, []), (100, 5, 600, []), (1, 20, 600, ["--replay", 50])])
+    (1, 250, 2300, []), (10, 50, 300, []), (100, 5, 300, []), (1, 20, 600, ["--replay", 50])])
 def test_a_small_bound_never_stops_a_run_not_even_after_kill_9(
         batch_size, staleness, on, oracle, tmp_path, small_data):
     """The oracle trains again after exactly as many gradients as this bound lets through. A part

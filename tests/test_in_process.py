@@ -333,7 +333,8 @@ def test_a_probe_holds_the_true_gradient_and_the_guess_each_in_its_place(loaded)
     network = make_layers([2, 24, 12, 1], np.random.default_rng(0))
     run = SimpleNamespace(
         k=1, data=loaded, part=SimpleNamespace(layers=network[:1]),
-        link=SimpleNamespace(source=SOURCES["synthetic"]), above=SimpleNamespace(
+        link=SimpleNamespace(source=SimpleNamespace(asks_oracle=True, used=lambda guess: guess)),
+        above=SimpleNamespace(
             wait=lambda attempt: attempt(), guess=lambda h, y: (-h, None)))
     cosine, probe = train_input.Run.compare_gradients(run, network)
     x, y = loaded.x_test, loaded.y_test

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from plumbing import runs
+from plumbing import report, runs
 from plumbing.errors import FileError, UserError
 from sgd import make_layers
 from tests.processes import start
@@ -439,3 +439,18 @@ def test_json_that_is_missing_or_damaged_is_empty(tmp_path):
         path.write_text(text)
         assert runs.read_json(path) == {}
     os.remove(path)
+
+
+def test_the_summary_says_what_came_out_how_it_compares_and_what_to_try_next(tmp_path):
+    progress = runs.Progress(tmp_path, ["seconds", "examples", "epoch", "test_mse"],
+                             {"gradients": "synthetic", "constant_guess": 0.16})
+    for epoch, mse in enumerate([0.2, 0.03, 0.01, 0.005, 0.006, 0.008]):
+        progress.write(weights([2, 4, 1]), seconds=10.0 * epoch, examples=190_000 * epoch,
+                       epoch=float(epoch), test_mse=mse)
+    first, compared, following = report.summary(tmp_path, usual=True)
+    assert first == ("synthetic gradients: held-out mse 0.0060 after 5 epochs and 50 s; a constant "
+                     "guess has 0.1600")
+    assert f"the README has {report.README_MSE:.4f} after {report.README_EPOCHS} epochs" in compared
+    assert compared.endswith("this run had 0.0060")
+    assert '--gradients true --progress-dir true"' in following and "delayed, local" in following
+    assert report.summary(tmp_path, usual=False) == [first, following]

@@ -136,7 +136,7 @@ def test_threads_may_record_while_the_file_is_written(tmp_path):
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for _ in range(5):
+    for _ in range(2):
         trace.write()
         check(read(tmp_path / "a.json"))
     done.set()

@@ -115,13 +115,15 @@ def main():
         rows.append((
             name, cell(list(map(final, each))), cell(seconds, ".0f"),
             cell(minute) if min(seconds) > MINUTE - 5 else "–",
-            cell(list(map(swing, each)), ".1f") if name not in SINGLE else "–",
             cell(cosines, ".2f") if np.isfinite(cosines).all() else "–",
-            f"{np.median([run['updates'][-1] for run in each]):,.0f}" if name not in SINGLE else "–"
-        ))
-    table("compare", (f"{args.target} target: gradients", f"MSE after {what}", "seconds",
-                      f"MSE after {MINUTE} s", "highest over lowest row of the last third",
-                      "mean gradient cosine", "updates of layer 1"), rows)
+            *("–" * 3 if name in SINGLE else (
+                cell(list(map(swing, each)), ".1f"),
+                f"{np.median([run['updates'][-1] for run in each]):,.0f}",
+                cell([run["cpu_ms"] for run in each], ".1f")))))
+    table("compare", (
+        f"{args.target} target: gradients", f"MSE after {what}", "seconds", f"MSE after {MINUTE} s",
+        "mean gradient cosine", "highest over lowest row of the last third", "updates of layer 1",
+        "CPU of all processes for an update, ms"), rows)
     middle = {name: each[int(np.argsort(list(map(final, each)))[len(each) // 2])]
               for name, each in results.items()}
     (KEPT / "compare.png").write_bytes(png(draw_curves, middle, size=(9, 8), dpi=110))

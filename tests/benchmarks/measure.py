@@ -170,9 +170,11 @@ def follow(group, seconds=None, watch=None, timeout=3600):
     """Until the run ends, by itself or after `seconds` of training. AssertionError if a process
     ends before.
 
-    watch(group) is called every half second while it trains. Writes ready.txt, seconds until
-    training began, and status.json, what every process that still runs says of itself at the end.
+    watch(group) is called every half second while it trains. Writes timing.json, and status.json:
+    what every process that still runs says of itself at the end.
     """
+    used = []  # (updates of layer 1, CPU seconds of all processes) while it trains
+
     def state():
         return group.status("input") or {}
 
@@ -187,14 +189,21 @@ def follow(group, seconds=None, watch=None, timeout=3600):
     def over():
         check_others()
         now = state()
-        if watch and now.get("updates"):
-            watch(group)
+        if now.get("updates"):
+            used.append((now["updates"], sum(
+                sum(psutil.Process(process.pid).cpu_times()[:2])
+                for process in group.processes.values() if process.poll() is None)))
+            if watch:
+                watch(group)
         return (group.processes["input"].poll() is not None
                 or seconds and now.get("seconds", 0) >= seconds)
     began = time.monotonic()
     wait_until(begun, f"training to start ({group.folder})", 5 * DEADLINE)
-    (group.folder / "ready.txt").write_text(f"{time.monotonic() - began:.1f}")
+    ready = time.monotonic() - began
     wait_until(over, f"the run in {group.folder} to end", timeout, pause=0.5)
+    updates, seconds = np.subtract(used[-1], used[0]) if used else (0, 0)
+    (group.folder / "timing.json").write_text(json.dumps({  # seconds until it began; milliseconds
+        "ready": round(ready, 1), "cpu_ms": 1e3 * seconds / updates if updates else None}))
     (group.folder / "status.json").write_text(json.dumps(
         {name: {**(group.status(name) or {}), "megabytes": added_megabytes(process)}
          for name, process in group.processes.items() if process.poll() is None}))
@@ -263,9 +272,8 @@ class Runs:
             run(place, *args, seed=seed, **options)
             (place / "finished").touch()
         self.bar.update()
-        ready = place / "ready.txt"
         return read_metrics(place / "progress") | {
-            "ready": float(ready.read_text()) if ready.exists() else np.nan,
+            "ready": np.nan, "cpu_ms": np.nan, **read_json(place / "timing.json"),
             "status": read_json(place / "status.json")}
 
     def score(self, *args, **options):
@@ -308,7 +316,9 @@ def time_to(metrics, mse):
 
 
 def cell(values, form=".4f"):
-    """Median and range."""
+    """Median and range; one value as it is."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{np.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
 
 
