@@ -205,7 +205,8 @@ class Zero(Source):
     but waits while the part above is `bound` minibatches behind."""
 
     def gradients(self, h, y, clock, tell):
-        self.link.bounded(clock, lambda: (None, self.link.above.trained()))
+        link = self.link
+        link.bounded(clock, lambda: (None, link.above.trained(clock - link.bounded.bound)))
         yield from self.own(h, y, clock, tell)
 
     def own(self, *minibatch):

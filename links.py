@@ -186,7 +186,7 @@ class UpperEnd:
 class LowerEnd:
     """What a part calls of the link above it: throw() and gradients().
 
-    above carries the messages: throw(*columns), throw_again(after), guess(h, y), trained(),
+    above carries the messages: throw(*columns), throw_again(after), guess(h, y), trained(enough),
     true_gradients(*columns), wait(attempt), window and news_seconds. start: a number that another
     start of this part does not have.
     """

@@ -12,7 +12,6 @@ import concurrent.futures
 import getpass
 import threading
 import time
-from functools import partial
 
 from exchange import SOURCES
 from links import check_oracle, minibatches_of
@@ -49,7 +48,7 @@ def serve_part(app, arrivals, network, weights):
     def training_examples():
         columns = serving.message(Examples, **widths())
         arrivals.add(*columns)
-        return {"accepted": len(columns[0])}
+        return {"accepted": len(columns[0]), "trained": arrivals.trained}
 
     answers, asking = {}, threading.Lock()  # (start, clock) -> a Future, of the last THREADS
 
@@ -106,9 +105,11 @@ class Above:
         self.name = f"the part above at {self.part.url}"
         self.oracle_name = f"the oracle at {self.oracle.url}"
         self.network, self.ids = None, []  # widths and processes above the cut, once they are known
-        self.outbox = Outbox()
-        self.poster = Poster(self.outbox, partial(
-            thrower.training_examples, every=self.source.takes_back), self.name)
+        self.outbox, self.newest = Outbox(), None  # newest: what the part above was trained on
+
+        def post(*columns):
+            self.newest = thrower.training_examples(*columns, every=self.source.takes_back)
+        self.poster = Poster(self.outbox, post, self.name)
         self.throw, self.throw_again = self.outbox.throw, self.outbox.throw_again
         self.guess, self.true_gradients = self.oracle.estimate_gradients, self.part.true_gradients
 
@@ -119,8 +120,13 @@ class Above:
         return self.until_answered(
             attempt, self.oracle_name if self.source.asks_oracle else self.name)
 
-    def trained(self):
-        return self.part.status().trained
+    def trained(self, enough):
+        """The newest minibatch that the part above was trained on, (start, clock), or None: what it
+        said in its last answer to a post. It is asked if that is of before the clock `enough`."""
+        newest = self.newest
+        if not newest or newest[0] != process.START or newest[1] < enough:
+            newest = self.newest = self.part.status().trained
+        return newest
 
     def weights(self):
         """The arguments of encode_weights() for all parts above."""

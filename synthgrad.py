@@ -18,8 +18,8 @@
     clock       (batch,) int64           the number of the minibatch: how many came before it
     start       (batch,) int64           a number that each start of the part below draws anew, so
                                          that what is of before a crash is not taken for new
-    newest      start and clock of the newest minibatch that ĝ was learned from, or that the part
-                above was trained on; null if there is none
+    newest,     start and clock of the newest minibatch that ĝ was learned from, or that the part
+    trained     above was trained on; null if there is none
 
 "below" and "above" are the parts of the network below and above a cut. Thrown means
 fire-and-forget: the sender goes on at once, and what cannot be delivered is dropped. A message
@@ -86,8 +86,10 @@ class Gradients(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Accepted(msgspec.Struct):
-    """The answer to what was thrown: how many examples came. Only the posting thread waits."""
+    """The answer to what was thrown: how many examples came, and to Examples the newest minibatch
+    that the part above was trained on, start and clock. Only the posting thread waits."""
     accepted: int
+    trained: tuple[int, int] | None = None
 
 
 class LayerWeights(msgspec.Struct):
@@ -156,9 +158,10 @@ class PartClient(ProcessClient):
     port = 5002
 
     def training_examples(self, i, h, y, clock, start, every=False):
-        """Activations to train on."""
-        self.ask(Accepted, "POST", "/training_examples", encode(
+        """Activations to train on. Returns `trained`."""
+        _, trained = self.ask(Accepted, "POST", "/training_examples", encode(
             i=i, h=h, y=y, clock=clock, start=start, every=every))
+        return trained
 
     def true_gradients(self, i, h, y, clock, start):
         """g = dL/dh, (batch, width), with which the part above is updated, too: backprop over

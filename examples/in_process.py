@@ -92,7 +92,7 @@ class Cut:
     def train_above(self):
         collections.deque(self.train(iter(self.above.next, None)), maxlen=0)
 
-    def trained(self):
+    def trained(self, enough):
         return self.above.trained
 
     def deliver(self, now):

@@ -501,7 +501,8 @@ class FakeAbove:
         self.asked.append(columns)
         return self.g
 
-    def trained(self):
+    def trained(self, enough):
+        self.enough = enough
         return self.newest
 
     def news(self):
@@ -573,6 +574,7 @@ def test_all_sources_that_do_not_wait_for_gradients_are_paced_alike(gradients):
         step(link, 5)
     link.above.newest = START, 3
     step(link, 5)
+    assert link.source.asks_oracle or link.above.enough == 0, "of clock 0 is new enough at 5"
     assert [int(clock[0]) for _, _, _, clock, _ in link.above.thrown] == [0, 1, 2, 3, 4, 5, 5]
 
 

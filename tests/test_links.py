@@ -286,7 +286,8 @@ def test_what_is_thrown_is_one_update_and_its_gradient_is_thrown_each_time(every
     part, upper = make_part(), make_upper(back=Outbox())
     client = make_server(upper)
     for _ in range(3):
-        assert post(client, "/training_examples", every=every, **EXAMPLES).json == {"accepted": 4}
+        assert post(client, "/training_examples", every=every, **EXAMPLES).json == {
+            "accepted": 4, "trained": None}
     assert (len(upper.due), len(upper.waiting)) == (every, not every)
     assert len(train(part, upper)) == 1 and upper.next() is None
     first = upper.back.next_message()
@@ -350,6 +351,20 @@ def test_of_a_message_that_is_known_in_part_an_oracle_adds_only_the_rest(cheap):
     assert student.examples.received == 19 + 5 + 9
     inputs, g, *_ = student.examples.columns
     np.testing.assert_allclose(g[:24], inputs[:24] + np.repeat([1, 2, 3], [10, 9, 5])[:, None])
+
+
+def test_how_far_the_part_above_is_is_asked_only_where_its_last_answer_is_too_old(monkeypatch):
+    answers, asked = [(process.START, 9), (process.START + 1, 99)], []
+    monkeypatch.setattr(over_http, "Poster", lambda outbox, post, to: post)
+    monkeypatch.setattr(PartClient, "training_examples", lambda *_, every: answers.pop(0))
+    monkeypatch.setattr(PartClient, "status", lambda self: asked.append(1) or SimpleNamespace(
+        trained=(process.START, 30)))
+    above = Above(options(gradients="local"), stop=False)
+    above.poster(*columns([0]))
+    assert above.trained(9) == (process.START, 9) and not asked
+    assert above.trained(10) == above.trained(30) == (process.START, 30) and len(asked) == 1
+    above.poster(*columns([0]))
+    assert above.trained(5) == (process.START, 30) and len(asked) == 2, "99 is of another start"
 
 
 def test_what_waits_above_is_told_with_each_gradient(monkeypatch):

@@ -292,7 +292,7 @@ def recorder():
             return serving.as_json(encode(**answer))
     serve("/estimate_gradients", Question, gradients=2 * h, newest=(11, 9))
     serve("/true_gradients", Examples, gradients=3 * h)
-    serve("/training_examples", Examples, accepted=4)
+    serve("/training_examples", Examples, accepted=4, trained=(11, 6))
     serve("/provide_gradients", Gradients, accepted=4)
     app.get("/weights")(lambda: serving.as_json(encode_weights(WEIGHTS, [7, 9])))
     with serving.listen(args) as listener:
@@ -313,7 +313,7 @@ def test_every_message_arrives_at_its_endpoint_as_it_was_sent_and_its_answer_com
     guess, newest = oracle.estimate_gradients(SENT_H, SENT_Y)
     assert (guess == 2).all() and newest == (11, 9)
     assert (part.true_gradients(*SENT) == 3).all()
-    part.training_examples(*SENT)
+    assert part.training_examples(*SENT) == (11, 6)
     part.training_examples(*SENT, every=True)
     oracle.provide_gradients(*SENT, G)
     oracle.provide_gradients(*SENT, G, waiting=5)
@@ -398,7 +398,7 @@ def test_examples_that_are_thrown_again_count_once_and_equal_ones_of_another_clo
         every, part):
     post, trained, below = part
     for rows, changed in ((4, {}), (4, {}), (8, LATER[0]), (12, LATER[1]), (12, {})):
-        assert post("/training_examples", every=every, **changed) == {"accepted": 4}
+        assert post("/training_examples", every=every, **changed)["accepted"] == 4
         assert below.replay.counters()["received"] == rows
     wait_until(lambda: trained.clock >= 3, "the loop to train on all")
     post("/true_gradients", clock=np.full(4, 99))

@@ -216,6 +216,7 @@ class Chain(Three):
     parts: the widths of each, the input trainer's first: [[2, 24], [24, 12], [12, 1]]. The commands
     and their names are plumbing.launch's, and further options of each kind of process.
     """
+    taught = True  # the commands have an oracle only where one is asked
 
     def __init__(self, folder, parts, gradients="synthetic", labels=0, oracle_layers=(64, 64),
                  oracle=(), output=(), middle=(), input=()):
