@@ -91,6 +91,7 @@ class Source:
     h (batch, width) and y (batch, k) are of the minibatch that was just thrown. They are None if
     there is none; then only what has come back is yielded."""
     asks_oracle = takes_back = False  # whether gradients go to an oracle, or back to this part
+    every = False   # whether the part above trains on each minibatch, and skips none
     locked = False  # whether the minibatch is not thrown, since the question brings it
     rates = dict(learning_rate=2.7, momentum=0.9, warm_up=0)  # where a person gives none
 
@@ -136,7 +137,7 @@ class Delayed(Source):
     Backprop goes through the remembered x and h and the present weights. Published pipelines
     remember the weights, too, or compute the activations again. In the first 500 updates of a deep
     part this is the same direction (cosine 0.998 at least)."""
-    takes_back = True
+    takes_back = every = True
 
     def __init__(self, link, part, k, args, rng):
         super().__init__(link, part, k, args, rng)
@@ -202,7 +203,8 @@ class Locked(Source):
 
 class Zero(Source):
     """A control: no gradient and no update. The part stays as drawn. It needs nothing from above,
-    but waits while the part above is `bound` minibatches behind."""
+    but waits while the part above is `bound` minibatches behind, with its replay."""
+    every = True
 
     def gradients(self, h, y, clock, tell):
         link = self.link

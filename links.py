@@ -90,8 +90,8 @@ class UpperEnd:
     back: where gradients are thrown, an Outbox or its like; None if nobody wants them. At most
     BACKLOG examples wait. Beyond that the oldest minibatch is skipped: it stays in the replay set
     only. Gradients at replayed activations are not passed on. Those come from layers that have
-    changed since, and an oracle that learned from them would mislead the present ones. Where the
-    part below waits for every gradient, nothing is skipped, and the oldest is first.
+    changed since, and an oracle that learned from them would mislead the present ones. Where
+    the part below waits for each of its minibatches, none is skipped, and the oldest is first.
     """
 
     def __init__(self, replay, batch_size, rng, back=None):

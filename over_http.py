@@ -108,7 +108,7 @@ class Above:
         self.outbox, self.newest = Outbox(), None  # newest: what the part above was trained on
 
         def post(*columns):
-            self.newest = thrower.training_examples(*columns, every=self.source.takes_back)
+            self.newest = thrower.training_examples(*columns, every=self.source.every)
         self.poster = Poster(self.outbox, post, self.name)
         self.throw, self.throw_again = self.outbox.throw, self.outbox.throw_again
         self.guess, self.true_gradients = self.oracle.estimate_gradients, self.part.true_gradients
@@ -153,7 +153,7 @@ class Above:
             check_partner(oracle, ("oracle",), width, k, self.oracle_name)
             check_oracle(oracle.needs, args.staleness, batch_size, num_examples)
             self.partners[self.oracle_name] = oracle
-        if self.source.takes_back and args.staleness * batch_size > THROWN:
+        if self.source.every and args.staleness * batch_size > THROWN:
             raise UserError(f"--staleness times --batch-size must be at most {THROWN} with "
                             f"--gradients {args.gradients}: so many examples can be on their way")
         self.network = above.network

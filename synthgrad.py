@@ -69,7 +69,7 @@ class Examples(msgspec.Struct, forbid_unknown_fields=True):
     y: Matrix
     clock: Integers
     start: Integers
-    every: bool = False  # none may be skipped, because the part below waits for each gradient
+    every: bool = False  # none may be skipped: the part below waits until each is trained on
 
 
 class Gradients(msgspec.Struct, forbid_unknown_fields=True):

@@ -76,7 +76,7 @@ class Cut:
 
     def throw(self, *columns):
         """The part above trains on it at once, and on replay as far as that is allowed."""
-        self.above.add(*columns, every=self.link.source.takes_back)
+        self.above.add(*columns, every=self.link.source.every)
         self.train_above()
         self.deliver(self.part.clock)
 

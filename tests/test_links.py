@@ -353,6 +353,17 @@ def test_of_a_message_that_is_known_in_part_an_oracle_adds_only_the_rest(cheap):
     np.testing.assert_allclose(g[:24], inputs[:24] + np.repeat([1, 2, 3], [10, 9, 5])[:, None])
 
 
+@pytest.mark.parametrize("gradients, every", [("synthetic", False), ("shuffled", False),
+                                              ("delayed", True), ("local", True), ("zero", True)])
+def test_nothing_is_skipped_above_where_the_part_below_has_no_oracle(gradients, every, monkeypatch):
+    """Or the part below would run ahead, and the part above would learn less in as many updates."""
+    told = []
+    monkeypatch.setattr(over_http, "Poster", lambda outbox, post, to: post)
+    monkeypatch.setattr(PartClient, "training_examples", lambda *_, every: told.append(every))
+    Above(options(gradients=gradients), stop=False).poster(*columns([0]))
+    assert told == [every]
+
+
 def test_how_far_the_part_above_is_is_asked_only_where_its_last_answer_is_too_old(monkeypatch):
     answers, asked = [(process.START, 9), (process.START + 1, 99)], []
     monkeypatch.setattr(over_http, "Poster", lambda outbox, post, to: post)
