@@ -4,6 +4,7 @@ import argparse
 import concurrent.futures
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,6 +84,39 @@ def test_the_newest_arrival_comes_first_then_replay_then_nothing():
     arrive(upper, 0, 1, 2)
     assert clocks_of(upper) == [2, 1, 0, None, None, None]
     assert upper.trained == (START, 2)
+
+
+def test_what_an_upper_end_says_of_itself():
+    nobody = {"thrown": 0, "sent": 0, "dropped": 0}
+    upper = make_upper(batch_size=10)
+    assert upper.status() == {
+        "gradients_sent": nobody, "waiting": 0, "skipped": 0, "trained": None,
+        "examples": {"received": 0, "stored": 0, "drawn": 0}}
+    back = Outbox()
+    upper = make_upper(batch_size=10, back=back)
+    arrive(upper, *range(1200))
+    arrive(upper, 1200, 1201, every=True)
+    upper.next().tell(np.ones((10, 3), "f"))
+    back.sent = 7
+    assert upper.status() == {
+        "gradients_sent": {"thrown": 10, "sent": 7, "dropped": 0}, "waiting": 81, "skipped": 1120,
+        "trained": (START, 1200),
+        "examples": {"received": 12_020, "stored": 1000, "drawn": 0}}
+    assert upper.line() == ("12,020 examples received, 1,120 minibatches skipped, 7 gradients sent")
+
+
+def test_a_nudge_ends_one_wait_for_minibatches():
+    upper = make_upper()
+    upper.nudge()
+    began = time.monotonic()
+    assert upper.next(5) is None and time.monotonic() - began < 2
+    assert upper.next(0.3) is None and time.monotonic() - began > 0.3
+    waiting = threading.Thread(target=upper.next, args=[20], daemon=True)
+    waiting.start()
+    time.sleep(0.1)
+    upper.nudge()
+    waiting.join(5)
+    assert not waiting.is_alive()
 
 
 def test_beyond_the_backlog_the_oldest_is_skipped_counted_and_left_to_replay():

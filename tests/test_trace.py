@@ -15,7 +15,11 @@ from matplotlib.figure import Figure
 from plumbing import timeline, trace
 from plumbing.errors import UserError
 from plumbing.proxy import Proxy
+from links import UpperEnd
+from replay import Replay
+from synthgrad import OracleClient
 from tests.processes import ROOT
+from tests.test_exchange import START, columns, make_link, step
 
 # Processes that throw minibatches at each other through a pipe, each clock from a thread of its own
 LOWER = """
@@ -353,3 +357,54 @@ def test_the_network_is_slow_around_the_part_above(gradients, slow, monkeypatch,
     for name, option in (("input", "--output-server"), ("output", "--oracle-server")):
         assert commands[name].count(option) == 1 + ((name, option) in slow)  # the last one counts
     assert Path("timeline/a.json").exists()
+
+
+# ---- what the algorithm records ----
+
+
+def recorded():
+    """[phase and name of each event, its clock or the key of its arrow], in the order of time."""
+    return [(f"{event['ph']} {event['name']}", event.get("id", event.get("args", {}).get("clock")))
+            for event in trace.events() if event["ph"] != "M"]
+
+
+def test_a_wait_for_a_true_gradient_is_a_span_in_which_its_arrow_ends(tmp_path):
+    trace.start(tmp_path / "a.json", "input trainer")
+    link = make_link("true")
+    link.above.g = np.ones((2, 3), "f")
+    step(link, 7)
+    assert [each for each in recorded() if "wait" in each[0] or each[0].startswith("f")] == [
+        ("B wait", 7), ("f gradients", "gradients 7"), ("E wait", None)]
+
+
+def test_a_wait_for_a_delayed_gradient_is_a_span_and_each_arrow_ends_once(tmp_path):
+    trace.start(tmp_path / "a.json", "input trainer")
+    link = make_link("delayed", staleness=2)
+    link.source.window = 2
+
+    def news():
+        link.source.add(START, 0, 0, np.ones((2, 3), "f"))
+    link.above.news = news
+    for clock in range(3):
+        step(link, clock)
+    found = recorded()
+    assert ("B wait", 2) in found and found.count(("f gradients", "gradients 0")) == 1
+
+
+def test_the_arrow_of_an_answered_gradient_begins_with_the_clock_of_its_minibatch(tmp_path):
+    trace.start(tmp_path / "a.json", "output trainer")
+    upper = UpperEnd(Replay(10, 0), 10, np.random.default_rng(0))
+    got = []
+    upper.ask(*columns([0], clock=9), got.append)
+    g = np.ones((1, 3), "f")
+    upper.next().tell(g)
+    assert got == [g] and recorded() == [("s gradients", "gradients 9")]
+
+
+def test_a_question_and_its_answer_are_arrows_that_end_where_the_key_is_h(tmp_path, monkeypatch):
+    trace.start(tmp_path / "a.json", "input trainer")
+    h = np.ones((2, 3), "f")
+    monkeypatch.setattr(OracleClient, "ask", lambda *_, **__: (-h, None))
+    assert (OracleClient("127.0.0.1:1").estimate_gradients(h, h[:, :1])[0] == -h).all()
+    key = trace.fingerprint(h)
+    assert recorded() == [("s question", f"question {key}"), ("f guess", f"guess {key}")]
