@@ -768,3 +768,22 @@ def test_the_wait_for_a_gradient_ends_when_a_server_adds_it():
     server.start()
     assert clocks_of(step(link, 1)) == [0]
     server.join(10)
+
+
+def test_the_window_of_delayed_gradients_leaves_one_waiting_above_and_grows_where_less_waits():
+    link = make_link("delayed")
+    link.source.window = 9
+    for clock in range(5):
+        step(link, clock)
+    g = np.ones((2, 3), "f")
+    link.source.add(START, 0, 2, g)
+    assert link.source.window == 5 - 2 + 1
+    link.source.add(START, 1, 1, g)
+    assert link.source.window == 4 + 1 / 4
+    step(link, 5)
+    assert link.status()["bound"] == 20 and 0 < link.status()["latency_ms"] < 60_000
+
+
+def test_a_head_expects_activations_at_their_mean():
+    layer = make_link("local").source.layers[0]
+    np.testing.assert_allclose(layer.b, -HIDDEN.mean * layer.w.sum(axis=0), rtol=1e-6)

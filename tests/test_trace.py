@@ -396,9 +396,9 @@ def test_the_arrow_of_an_answered_gradient_begins_with_the_clock_of_its_minibatc
     upper = UpperEnd(Replay(10, 0), 10, np.random.default_rng(0))
     got = []
     upper.ask(*columns([0], clock=9), got.append)
-    g = np.ones((1, 3), "f")
-    upper.next().tell(g)
-    assert got == [g] and recorded() == [("s gradients", "gradients 9")]
+    g, minibatch = np.ones((1, 3), "f"), upper.next()
+    minibatch.tell(g)
+    assert minibatch.clock == 9 and got == [g] and recorded() == [("s gradients", "gradients 9")]
 
 
 def test_a_question_and_its_answer_are_arrows_that_end_where_the_key_is_h(tmp_path, monkeypatch):
