@@ -787,3 +787,10 @@ def test_the_window_of_delayed_gradients_leaves_one_waiting_above_and_grows_wher
 def test_a_head_expects_activations_at_their_mean():
     layer = make_link("local").source.layers[0]
     np.testing.assert_allclose(layer.b, -HIDDEN.mean * layer.w.sum(axis=0), rtol=1e-6)
+
+
+def test_a_local_gradient_keeps_the_tell_of_its_minibatch():
+    """Or a middle part with a local loss would tell nothing to the oracle below."""
+    link = make_link("local")
+    link.above.newest = START, 0
+    assert [tell for clock in range(2) for _, _, tell in step(link, clock)] == [0, 1]

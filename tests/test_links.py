@@ -105,6 +105,22 @@ def test_what_an_upper_end_says_of_itself():
     assert upper.line() == ("12,020 examples received, 1,120 minibatches skipped, 7 gradients sent")
 
 
+def test_what_is_new_in_a_message_counts_though_it_begins_with_what_is_known():
+    upper = make_upper()
+    arrive(upper, 0)
+    both = map(np.concatenate, zip(columns(range(10), 0), columns(range(10), 1), strict=True))
+    upper.add(*both)
+    assert clocks_of(upper) == [1, 0]
+
+
+def test_too_many_minibatches_that_must_be_trained_on_are_refused_and_said_so():
+    upper = make_upper()
+    upper.rows["due"] = 2 * THROWN + 1
+    with pytest.raises(Refused, match="^busy: too many minibatches wait for the training loop$"):
+        arrive(upper, 0, every=True)
+    assert not upper.due
+
+
 def test_a_nudge_ends_one_wait_for_minibatches():
     upper = make_upper()
     upper.nudge()

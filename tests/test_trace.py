@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from plumbing import timeline, trace
 from plumbing.errors import UserError
+from plumbing.posting import Outbox
 from plumbing.proxy import Proxy
 from links import UpperEnd
 from replay import Replay
@@ -408,3 +409,11 @@ def test_a_question_and_its_answer_are_arrows_that_end_where_the_key_is_h(tmp_pa
     assert (OracleClient("127.0.0.1:1").estimate_gradients(h, h[:, :1])[0] == -h).all()
     key = trace.fingerprint(h)
     assert recorded() == [("s question", f"question {key}"), ("f guess", f"guess {key}")]
+
+
+def test_the_arrow_of_a_thrown_gradient_begins_with_the_clock_of_its_minibatch(tmp_path):
+    trace.start(tmp_path / "a.json", "output trainer")
+    upper = UpperEnd(Replay(10, 0), 10, np.random.default_rng(0), Outbox())
+    upper.add(*columns([0], 4))
+    upper.next().tell(np.ones((1, 3), "f"))
+    assert recorded() == [("s gradients", "gradients 4")]
