@@ -84,6 +84,12 @@ def minibatches_of(clock, start, *columns):
         yield int(start[a]), int(clock[a]), [column[a:b] for column in columns]
 
 
+def send_down(clock, send, *columns):
+    """send(*columns), the last of which is the gradient of the minibatch number `clock`."""
+    trace.flow_out("gradients", clock)
+    send(*columns)
+
+
 class UpperEnd:
     """What has come from below: the last arrival first, however old, else replay.
 
@@ -112,7 +118,8 @@ class UpperEnd:
                 if self.back is not None:  # its gradient may be lost. An empty back may be falsy
                     self.back.throw_again(its_clock - 1)
                 continue
-            tell = None if self.back is None else partial(self.tell, its_clock, *columns)
+            tell = None if self.back is None else partial(
+                send_down, its_clock, self.back.throw, *columns)
             self.queue("due" if every else "waiting", its_start,
                        Minibatch(*columns[:3], its_clock, tell))
 
@@ -120,18 +127,13 @@ class UpperEnd:
         """In a server's thread: one minibatch, none of which is skipped. tell(g) gets its
         gradient."""
         self.refuse_more()
-        def traced(g):
-            trace.flow_out("gradients", int(clock[0]))
-            tell(g)
-        self.queue("due", int(start[0]), Minibatch(i, h, y, int(clock[0]), traced))
+        its_clock = int(clock[0])
+        self.queue("due", int(start[0]),
+                   Minibatch(i, h, y, its_clock, partial(send_down, its_clock, tell)))
 
     def refuse_more(self):
         if self.rows["due"] > 2 * THROWN:
             raise Refused("busy: too many minibatches wait for the training loop", 503)
-
-    def tell(self, clock, *columns):
-        trace.flow_out("gradients", clock)
-        self.back.throw(*columns)
 
     def queue(self, name, start, minibatch):
         queue = getattr(self, name)

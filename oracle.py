@@ -133,8 +133,7 @@ class Model:
         mean, deviation, scale = self.moments = moments
         with tf.device("CPU"):
             value, weights = self.step((h - mean) / deviation, g / scale)
-        value = float(value)
-        if not value < 1e6:  # NaN, too
+        if not (value := float(value)) < 1e6:  # NaN, too
             raise Diverged("the oracle diverged; try a lower --learning-rate")
         arrays = iter([each.numpy() for each in weights])
         weights = [[next(arrays) for _ in layer.weights] for layer in self.model.layers]

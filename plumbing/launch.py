@@ -49,15 +49,13 @@ def widths(text):
 def parse(argv):
     """The launcher's options; `rest` is what goes to train_input.py alone."""
     parser = options.make_parser(__doc__, seed=0, progress_dir="progress", token_file=None,
-                                 resume=False)
+                                 resume=False, oracle_layers=[64, 64])
     parser.prog, add = "plumbing.launch", parser.add_argument
     add("--gradients", default="synthetic", help="of all parts but the highest (%(default)s)")
     for name in ("--batch-size", *LOWER):
         add(name, nargs="*", help="of these, too" if name in LOWER else "of all parts")
     add("--parts", type=widths, nargs="+", default=[[2, 24], [24, 12, 1]], metavar="WIDTHS",
         help="the widths of each part, the lowest first (2-24 24-12-1)")
-    add("--oracle-layers", type=options.number(int, 1), nargs="*", default=[64, 64],
-        metavar="WIDTH", help="of the oracles' hidden layers; none: linear (64 64)")
     add("--condition-on-labels", type=options.number(int, 0), nargs="?", const=-1, metavar="K",
         dest="labels", help="oracles see y, which is K wide; 0: they do not (a chain's do)")
     add("--first-port", type=options.number(int, 1, 65000), default=5001,

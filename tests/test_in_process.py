@@ -328,12 +328,13 @@ def test_the_cut_parts_are_the_whole_networks_layers(loaded, silent):
 # ---- what only the processes do ----
 
 
-def test_a_probe_holds_the_true_gradient_and_the_guess_each_in_its_place(loaded):
-    """And the cosine is theirs."""
+@pytest.mark.parametrize("used", [lambda guess: guess, lambda guess: guess[::-1]])
+def test_a_probe_holds_the_true_gradient_and_the_guess_each_in_its_place(used, loaded):
+    """And the cosine is theirs, with the guess as it is used: --gradients shuffled permutes it."""
     network = make_layers([2, 24, 12, 1], np.random.default_rng(0))
     run = SimpleNamespace(
         k=1, data=loaded, part=SimpleNamespace(layers=network[:1]),
-        link=SimpleNamespace(source=SimpleNamespace(asks_oracle=True, used=lambda guess: guess)),
+        link=SimpleNamespace(source=SimpleNamespace(asks_oracle=True, used=used)),
         above=SimpleNamespace(
             wait=lambda attempt: attempt(), guess=lambda h, y: (-h, None)))
     cosine, probe = train_input.Run.compare_gradients(run, network)
@@ -342,8 +343,8 @@ def test_a_probe_holds_the_true_gradient_and_the_guess_each_in_its_place(loaded)
     g = backprop(network[1:], feed_forward(network[1:], h) - y)
     for name, expected in (("x", x), ("g", g[:, :4]), ("guess", -h[:, :4])):
         np.testing.assert_array_equal(probe[name], expected)
-    lengths = np.linalg.norm(g, axis=1) * np.linalg.norm(h, axis=1)
-    assert cosine == pytest.approx(np.mean((g * -h).sum(axis=1) / lengths), rel=1e-4)
+    lengths = np.linalg.norm(g, axis=1) * np.linalg.norm(used(h), axis=1)
+    assert cosine == pytest.approx(np.mean((g * used(-h)).sum(axis=1) / lengths), rel=1e-4)
 
 
 def test_the_output_trainers_seed_decides_its_weights(tmp_path, monkeypatch):

@@ -121,16 +121,18 @@ def test_too_many_minibatches_that_must_be_trained_on_are_refused_and_said_so():
     assert not upper.due
 
 
-def test_a_nudge_ends_one_wait_for_minibatches():
+def test_a_nudge_ends_one_wait_for_minibatches(monkeypatch):
     upper = make_upper()
     upper.nudge()
     began = time.monotonic()
     assert upper.next(5) is None and time.monotonic() - began < 2
     assert upper.next(0.3) is None and time.monotonic() - began > 0.3
+    wait_for, waits = upper.changed.wait_for, threading.Event()
+    monkeypatch.setattr(upper.changed, "wait_for", lambda *args: waits.set() or wait_for(*args))
     waiting = threading.Thread(target=upper.next, args=[20], daemon=True)
     waiting.start()
-    time.sleep(0.1)
-    upper.nudge()
+    assert waits.wait(5)
+    upper.nudge()  # which gets the lock once next() has let go of it, and waits
     waiting.join(5)
     assert not waiting.is_alive()
 

@@ -454,3 +454,5 @@ def test_the_summary_says_what_came_out_how_it_compares_and_what_to_try_next(tmp
     assert compared.endswith("this run had 0.0060")
     assert '--gradients true --progress-dir true"' in following and "delayed, local" in following
     assert report.summary(tmp_path, usual=False) == [first, following]
+    assert report.at(progress.rows, 2) == "0.0300", "the median of the rows until then"
+    assert report.at(progress.rows, 9) == "not come so far"
