@@ -8,10 +8,12 @@ at full length, once at 6 and once at 50 updates. So the rates at 20 are those a
 100 are those at 50. examples/in_process.py holds everything else still: the same options give the
 same numbers, on a busy machine, too.
 
---widths varies the width of the narrow layer instead. A second table shows why exchange.centered()
-takes the mean out: the cosine of the true gradient at the cut with itself some updates later, for
-its mean over held-out examples and for the rest. Writes bench-delay.md, .png and
-bench-delay-persistence.md into benchmarks/, or bench-widths.md and .png.
+A second table shows why exchange.centered() takes the mean out: the cosine of the true gradient at
+the cut with itself some updates later, for its mean over held-out examples and for the rest.
+--widths varies the width of the narrow layer instead. --hindsight tries to prove a verdict for
+guesses wrong: their opponents get the best of all rates on the very function and delay that is
+reported. Writes bench-delay.md, .png and bench-delay-persistence.md into benchmarks/, or
+bench-widths.md and .png, or bench-hindsight.md.
 """
 import concurrent.futures
 import itertools
@@ -51,7 +53,7 @@ from tests.benchmarks.measure import (
 from train_input import mean_cosine, with_rates
 
 EPOCHS = 3  # 5,700 updates
-DELAYS = 6, 20, 50, 100
+DELAYS = 0, 6, 20, 50, 100
 WIDTHS = 3, 6, 12, 24, 48
 PERSISTENCE = 1, 3, 6, 20, 50
 SEARCHED = {"other": other_target, "another": another_target}  # for rates; for a way's own
@@ -65,7 +67,7 @@ NETWORKS = {  # name: options, rates to try, for true gradients two more
     "three layers of 64": (["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3], DEEP_RATES,
                            ((0.07, 0.9, 0), (1.5, 0.9, 0)))}
 ORACLES = ("--oracle-rate", 0.002), ("--oracle-layers", 128, 128)
-HEADS = ("--head",), ("--head", 64, 64)
+HEADS = ("--head",), ("--head", 64, 64)  # besides the default one, of 12
 WAYS = {  # name: --gradients and labels, whether the delay matters, its own options to try
     "true, no delay": (["--gradients", "true"], False, None),
     "true, late": (["--gradients", "delayed"], True, None),
@@ -84,13 +86,13 @@ def data_of(function, noisy):
 
 def learn(network, words, function, delay, rates, seed, own=()):
     """The held-out MSE after each epoch of one run. Kept on disk."""
-    name = " ".join(map(str, [network, *words, function, delay, *rates, seed, *own]))
+    name = " ".join(map(str, [network, *words, function, delay or 0, *rates, seed, *own]))
     kept = KEPT / "bench-delay" / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     paths = data_of(function, network.startswith("three"))
     rate, momentum, warm_up = rates
-    words = [*paths, *NETWORKS.get(network, (network.split(),))[0], *words, "--delay", delay,
+    words = [*paths, *NETWORKS.get(network, (network.split(),))[0], *words, "--delay", delay or 0,
              "--seed", seed, "--replay", 4, "--num-epochs", EPOCHS, "--learning-rate", rate,
              "--momentum", momentum, "--warm-up", warm_up, *own]
     args = with_rates(in_process.make_parser().parse_args(list(map(str, words))))
@@ -124,7 +126,7 @@ def run_all(pool, cases):
 def search(pool, network, ways):
     """{(way, delay): the rates and own options that came to the lowest MSE}."""
     _, rates, more = NETWORKS[network]
-    cells = [(way, delay) for way in ways for delay in ((6, 50) if WAYS[way][1] else (0,))]
+    cells = [(way, delay) for way in ways for delay in ((6, 50) if WAYS[way][1] else (None,))]
 
     def cases_of(way, delay, best=None):
         words, _, own = WAYS[way]
@@ -146,7 +148,7 @@ def search(pool, network, ways):
 
 
 def best_of(best, way, delay):
-    return best[way, (6 if delay < 50 else 50) if WAYS[way][1] else 0]
+    return best[way, (6 if delay < 50 else 50) if WAYS[way][1] else None]
 
 
 def persistence(function, network, delays):
@@ -176,20 +178,22 @@ def draw(figure, results, rows, columns, x_label):
     """The final MSE, median and range over seeds. results: (row, column, way, x) -> MSEs."""
     from matplotlib.ticker import LogLocator, NullFormatter
     named, grid = {}, figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
+    ways = list(dict.fromkeys(way for *_, way, _ in results))
     for (row, column), axes in zip(itertools.product(rows, columns), grid.flat, strict=True):
-        xs = sorted({x for r, c, _, x in results if (r, c) == (row, column) and x})
-        for (color, style), way in zip(STYLES, WAYS, strict=False):
+        xs = sorted({x for r, c, _, x in results if (r, c) == (row, column) and x is not None})
+        for (color, style), way in zip(STYLES, ways, strict=False):
             found = {x: values for (r, c, w, x), values in results.items()
                      if (r, c, w) == (row, column, way)}
-            if list(found) == [0]:  # no delay: a level line
-                found = dict.fromkeys(xs, found[0])
+            if list(found) == [None]:  # no delay: a level line
+                found = dict.fromkeys(xs, found[None])
             values = np.array([found[x] for x in sorted(found)])
             if len(values):
                 median = np.median(values, axis=1)
                 axes.errorbar(sorted(found), median, [median - values.min(1),
                               values.max(1) - median], color=color, linestyle=style, marker="o",
                               markersize=4, capsize=3, label=way)
-        axes.set(xscale="log", yscale="log", xticks=xs, xticklabels=xs)
+        axes.set_xscale("symlog", linthresh=min(filter(None, xs)))  # a delay may be 0
+        axes.set(yscale="log", xticks=xs, xticklabels=xs)
         if row == rows[0]:
             axes.set_title(column, fontsize=10)
         if row == rows[-1]:
@@ -211,7 +215,7 @@ def report(name, results, best, x_name):
         rows.setdefault((row, way, x), {})[column] = cell(values)
     columns = list(dict.fromkeys(column for _, column, *_ in results))
     table(name, ("network", "gradients", x_name, *columns, "rate, momentum, warm-up; own"), [
-        (row, way, x or "–", *(cells.get(column, "–") for column in columns),
+        (row, way, "–" if x is None else x, *(cells.get(column, "–") for column in columns),
          " ".join(map(str, (*best[row, way, x][0], *best[row, way, x][1]))))
         for (row, way, x), cells in rows.items()])
 
@@ -222,7 +226,7 @@ def delays(pool, args):
         best = search(pool, network, args.ways)
         cases = {}
         for way, function, seed in itertools.product(args.ways, args.functions, range(args.seeds)):
-            for delay in args.delays if WAYS[way][1] else (0,):
+            for delay in args.delays if WAYS[way][1] else (None,):
                 rates, own = chosen[network, way, delay] = best_of(best, way, delay)
                 cases[network, function, way, delay, seed] = (
                     network, tuple(WAYS[way][0]), function, delay, rates, seed, own)
@@ -240,20 +244,20 @@ def delays(pool, args):
 
 
 def widths(pool, args):
-    """The narrow network, with other widths of its lower layer, at 6 and 50 updates."""
+    """The narrow network, with other widths of its lower layer, at 6 and 50 updates; local losses
+    with each head."""
     network = "one layer of 6"
-    best, results, chosen = search(pool, network, args.ways), {}, {}
-    cases = {}
-    for way, function, seed, width in itertools.product(
-            args.ways, args.functions, range(args.seeds), WIDTHS):
-        for delay in (6, 50) if WAYS[way][1] else (0,):
-            rates, own = best_of(best, way, delay)
-            for late in (6, 50) if delay == 0 else (delay,):
-                row = f"{late} updates late"
-                chosen[row, way, width] = rates, own
-                cases[row, function, way, width, seed] = (
-                    f"--layers 2 {width} 64 64 1", tuple(WAYS[way][0]), function, delay, rates,
-                    seed, own)
+    best, results, chosen, cases = search(pool, network, args.ways), {}, {}, {}
+    for way, function, seed, width, late in itertools.product(
+            args.ways, args.functions, range(args.seeds), WIDTHS, (6, 50)):
+        delay, row = late if WAYS[way][1] else None, f"{late} updates late"
+        rates, own = best_of(best, way, delay)
+        for head in ((), *HEADS) if way == "local loss" else (own,):
+            name = f"local loss, head {head_of(head)}" if way == "local loss" else way
+            chosen[row, name, width] = rates, head
+            cases[row, function, name, width, seed] = (
+                f"--layers 2 {width} 64 64 1", tuple(WAYS[way][0]), function, delay, rates, seed,
+                head)
     found = run_all(pool, cases.values())
     for (*cell_of, _), case in cases.items():
         results.setdefault(tuple(cell_of), []).append(found[case])
@@ -261,6 +265,33 @@ def widths(pool, args):
     (KEPT / "bench-widths.png").write_bytes(png(
         draw, results, ["6 updates late", "50 updates late"], args.functions,
         "width of the layer below the cut", size=(10, 6.8), dpi=110))
+
+
+def head_of(own):
+    return "of 12" if not own else "–".join(map(str, own[1:])) or "linear"
+
+
+def hindsight(pool, args):
+    """The ways without an oracle at the best of their rates for each function and delay."""
+    ways, cases, rows = [way for way in args.ways if WAYS[way][0][:1] == ["--gradients"]], {}, []
+    for network, way, function, seed in itertools.product(
+            args.networks, ways, args.functions, range(args.seeds)):
+        for delay in args.delays if WAYS[way][1] else (None,):
+            _, rates, more = NETWORKS[network]
+            for tried in (*rates, *more) if way != "zero" else ((1, 0, 0),):
+                cases.setdefault((network, way, delay), {}).setdefault(function, {}).setdefault(
+                    tried, []).append((network, tuple(WAYS[way][0]), function, delay, tried, seed,
+                                       ()))
+    found = run_all(pool, [case for functions in cases.values() for tries in functions.values()
+                           for each in tries.values() for case in each])
+    for (network, way, delay), functions in cases.items():
+        cells = []
+        for tries in functions.values():
+            reached = {tried: [found[case] for case in each] for tried, each in tries.items()}
+            best = min(reached, key=lambda tried: np.median(reached[tried]))  # noqa: B023
+            cells.append(f"{cell(reached[best])}: {' '.join(map(str, best))}")
+        rows.append((network, way, "–" if delay is None else delay, *cells))
+    table("bench-hindsight", ("network", "gradients", "updates late", *args.functions), rows)
 
 
 def main():
@@ -271,13 +302,15 @@ def main():
     add("--delays", type=int, nargs="+", default=DELAYS)
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--widths", action="store_true", help="vary the width of the lower part")
+    add("--hindsight", action="store_true",
+        help="give the opponents of guesses their best rates in each case")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (%(default)s)")
     args = parser.parse_args()
     for function, make in {**FUNCTIONS, **SEARCHED}.items():
         noisy_data(KEPT / function / "noisy", paths=make(KEPT / function))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        (widths if args.widths else delays)(pool, args)
+        (widths if args.widths else hindsight if args.hindsight else delays)(pool, args)
 
 
 if __name__ == "__main__":
