@@ -3,10 +3,16 @@
 True gradients at once and delayed, zero gradients, and guesses by three oracles, with labels and
 without; also guesses that are shuffled among a minibatch's examples. The same number of examples
 each. Rates are those that `--search` found, on another target and seeds that are not reported: the
-defaults of each way. Writes benchmarks/compare.md and compare.png.
+defaults of each way. `--deep` has three layers of 64 below the cut, eight inputs of noise, and the
+rates that bench-delay found at 6 updates. Writes benchmarks/compare.md and compare.png.
+
+"Until" columns: when the MSE was at most as high in two rows running as the worst way but zero and
+shuffled ones ended. "Still falls": the lowest row of the last third over that of the third before;
+at 1 a run has come to its floor.
 
     make compare ARGS="--target ripples --epochs 8"           # not the default target
     make compare ARGS="--away 50 --seconds 40 --ways true zero"  # the output trainer is 50 ms away
+    make compare ARGS="--deep --ways true 'local loss'"
 """
 from functools import partial
 from itertools import product
@@ -22,11 +28,14 @@ from tests.benchmarks.measure import (
     cell,
     final,
     make_parser,
+    noisy_data,
     other_target,
     run_sgd,
     run_three,
+    still_falls,
     swing,
     table,
+    time_to,
     until,
 )
 
@@ -50,17 +59,25 @@ SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9
           "sgd.py, one example at a time": []}
 GRID = ((1.6, 0.9), (2.7, 0.9), (4.0, 0.9), (12.0, 0.0), (20.0, 0.0), (30.0, 0.0), (50.0, 0.0))
 MINUTE = 60
+DEEP = {"oracle": ["--layers", 64, 64, 64, 64, "--learning-rate", 0.002],
+        "output": ["--layers", 64, 64, 1], "input": ["--layers", 10, 64, 64, 64]}
+DEEP_RATES = {"true": (1.5, 0.9, 0), "delayed": (0.6, 0.9, 0), "local": (0.6, 0.9, 1000),
+              "synthetic": (0.6, 0.9, 0), "shuffled": (0.6, 0.9, 0), "zero": (1.0, 0.0, 0)}
+NO_GOAL = "zero", "shuffled"  # ways that need not reach what the others reach
 
 
-def run(folder, gradients, oracle, epochs, seed, away=0, rates=(), **options):
+def run(folder, gradients, oracle, epochs, seed, away=0, rates=(), deep=False, **options):
     """epochs: None where the run ends after so many seconds. away: milliseconds between the output
-    trainer and the two others, there and back. rates: of layer 1 and its momentum, if not the
-    defaults."""
+    trainer and the two others, there and back. rates: of layer 1, its momentum and warm-up, if not
+    the defaults."""
     more = ["--num-epochs", epochs] if epochs else []
-    if rates:
-        more += ["--learning-rate", rates[0], "--momentum", rates[1]]
-    run_three(folder, seed=seed, oracle=oracle, delay=away / 1000, late=away / 1000,
-              input=["--gradients", gradients, *more], **options)
+    layers = DEEP if deep else dict.fromkeys(DEEP, [])
+    for name, value in zip(("learning-rate", "momentum", "warm-up"),
+                           DEEP_RATES[gradients] if deep else rates, strict=False):
+        more += [f"--{name}", value]
+    run_three(folder, seed=seed, oracle=[*layers["oracle"], *oracle], output=layers["output"],
+              delay=away / 1000, late=away / 1000,
+              input=["--gradients", gradients, *layers["input"], *more], **options)
 
 
 def search(epochs, seeds):
@@ -89,15 +106,20 @@ def main():
     parser.add_argument("--seconds", type=int, help="of training, in place of --epochs")
     parser.add_argument("--away", type=int, default=0, metavar="MS",
                         help="milliseconds to the output trainer and back (%(default)s)")
+    parser.add_argument("--deep", action="store_true", help="three layers below the cut")
     parser.add_argument("--search", action="store_true", help="print what the rates give, instead")
     args = parser.parse_args()
     if args.search:
         return search(args.epochs, args.seeds)
     data, epochs = FUNCTIONS[args.target](KEPT / args.target), args.epochs
+    if args.deep:
+        data = noisy_data(KEPT / args.target / "noisy", paths=data)
+        if args.ways == every:
+            args.ways = [name for name, (_, oracle) in WAYS.items() if "--layers" not in oracle]
     if args.seconds:
         epochs = None
     what = f"{epochs} epochs" if epochs else f"{args.seconds} s"
-    what += f", {args.away} ms away" * bool(args.away)
+    what += f", {args.away} ms away" * bool(args.away) + ", deep" * args.deep
     runs, results = Runs("compare", len(args.ways) * args.seeds), {}
     for seed, name in product(range(args.seeds), args.ways):
         get = partial(runs.get, f"{args.target} {name} {what}", seed)
@@ -106,9 +128,11 @@ def main():
         else:
             gradients, oracle = WAYS[name]
             metrics = get(run, gradients, oracle, epochs, away=args.away, data=data,
-                          seconds=args.seconds)
+                          seconds=args.seconds, deep=args.deep)
         results.setdefault(name, []).append(metrics)
     rows = []
+    goal = max((np.median(list(map(final, each))) for name, each in results.items()
+                if not name.startswith(NO_GOAL)), default=0)
     for name, each in results.items():
         cosines, seconds = list(map(mean_cosine, each)), [run["seconds"][-1] for run in each]
         minute = [final(until(run, MINUTE)) for run in each]
@@ -116,13 +140,17 @@ def main():
             name, cell(list(map(final, each))), cell(seconds, ".0f"),
             cell(minute) if min(seconds) > MINUTE - 5 else "–",
             cell(cosines, ".2f") if np.isfinite(cosines).all() else "–",
-            *("–" * 3 if name in SINGLE else (
+            cell([time_to(run, goal) for run in each], ".0f"),
+            *("–" * 5 if name in SINGLE else (
+                cell([time_to(run, goal, "updates") for run in each], ",.0f"),
+                cell(list(map(still_falls, each)), ".2f"),
                 cell(list(map(swing, each)), ".1f"),
                 f"{np.median([run['updates'][-1] for run in each]):,.0f}",
                 cell([run["cpu_ms"] for run in each], ".1f")))))
     table("compare", (
         f"{args.target} target: gradients", f"MSE after {what}", "seconds", f"MSE after {MINUTE} s",
-        "mean gradient cosine", "highest over lowest row of the last third", "updates of layer 1",
+        "mean gradient cosine", f"seconds until {goal:.4f}", f"updates until {goal:.4f}",
+        "still falls", "highest over lowest row of the last third", "updates of layer 1",
         "CPU of all processes for an update, ms"), rows)
     middle = {name: each[int(np.argsort(list(map(final, each)))[len(each) // 2])]
               for name, each in results.items()}

@@ -308,12 +308,18 @@ def until(metrics, seconds):
             if isinstance(column, np.ndarray)}
 
 
-def time_to(metrics, mse):
-    """Seconds until the held-out MSE was at most `mse` in two rows running; infinity if it
-    never was."""
+def time_to(metrics, mse, column="seconds"):
+    """Seconds, or updates, until the held-out MSE was at most `mse` in two rows running; infinity
+    if it never was."""
     reached = metrics["test_mse"] <= mse
     twice = np.flatnonzero(reached[:-1] & reached[1:])
-    return float(metrics["seconds"][twice[0]]) if len(twice) else np.inf
+    return float(metrics[column][twice[0]]) if len(twice) else np.inf
+
+
+def still_falls(metrics):
+    """The lowest row of the last third of a run over that of the third before."""
+    third = len(metrics["test_mse"]) // 3
+    return float(metrics["test_mse"][-third:].min() / metrics["test_mse"][third:-third].min())
 
 
 def cell(values, form=".4f"):
