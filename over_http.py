@@ -104,7 +104,7 @@ class Above:
         self.oracle = OracleClient(args.oracle_server, args.token)
         self.name = f"the part above at {self.part.url}"
         self.oracle_name = f"the oracle at {self.oracle.url}"
-        self.network, self.ids = None, []  # widths and processes above the cut, once they are known
+        self.network, self.starts = None, []  # widths and marks of what is above, once known
         self.outbox, self.newest = Outbox(), None  # newest: what the part above was trained on
 
         def post(*columns):
@@ -139,7 +139,7 @@ class Above:
 
         def complete():
             status = self.part.status()
-            self.ids = status.ids
+            self.starts = status.starts
             check_partner(status, ("output trainer", "middle trainer"), width, k, self.name)
             if status.network is None:
                 raise NoAnswer("it is waiting for the part above it")
@@ -184,7 +184,7 @@ def check_partner(status, kinds, width, k, name):
     if status.user != ours:
         raise UserError(f"{name} was started by {status.user}, not by you: choose other ports, with"
                         " --port, --oracle-server and --output-server, or --first-port of make run")
-    if serving.ID in status.ids:
+    if process.START in status.starts:
         time.sleep(LINGER)  # answering meanwhile
         raise UserError(f"{name} has this process above it: the parts form a cycle. "
                         "--output-server is the address of the next part towards the output")

@@ -114,7 +114,7 @@ class Status(msgspec.Struct):
     needs: int = 0                 # oracle: examples that must arrive before it trains again
     network: list[int] | None = None  # output, middle: widths of this part and all above it
     trained: tuple[int, int] | None = None  # output, middle: the newest minibatch, start and clock
-    ids: list[str] = []            # of this process, and of those above it that it knows of
+    starts: list[int] = []         # marks of this process, and of those above it that it knows of
     user: str = ""                 # who started it
 
 

@@ -65,7 +65,7 @@ def main(args, stop):
 
     def status():
         return {"layers": args.layers, "network": network(), "updates": part.clock,
-                "gradient_mean_square": part.average, "ids": [serving.ID, *above.ids],
+                "gradient_mean_square": part.average, "starts": [process.START, *above.starts],
                 "gradients": args.gradients, "examples_sent": above.outbox.counters(),
                 **below.status(), **(link.status() if link else {})}
 

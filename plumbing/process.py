@@ -10,7 +10,7 @@ import traceback
 from plumbing import options, say, trace
 from plumbing.errors import NoAnswer
 
-START = random.getrandbits(52)  # of this process: tells it from one before a crash
+START = random.getrandbits(52)  # of this process: tells it from others, and from one before a crash
 REPORT_SECONDS = 30      # between two lines about what has been trained
 
 

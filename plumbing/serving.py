@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import threading
-import uuid
 from urllib.parse import urlsplit
 
 import flask
@@ -19,14 +18,13 @@ from waitress.task import ErrorTask
 from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 
-from plumbing import options, say, trace
+from plumbing import options, process, say, trace
 from plumbing.errors import Diverged, NoAnswer, Refused, UserError
 from plumbing.wire import MAX_BODY, Malformed, decode, holder, rows_per_message
 
 LOOPBACK = "127.0.0.1", "localhost", "::1"
 CONNECTIONS = 64         # at a time; each may send MAX_BODY bytes, which waitress keeps in a file
 THREADS = 4              # requests that are worked on at a time; the others wait in waitress
-ID = uuid.uuid4().hex    # of this process, so that a cycle of parts can be noticed
 
 
 def check_batch(batch_size, width, k):
@@ -65,11 +63,11 @@ def names_of(args):
     return {name.lower() for name in names}
 
 
-def make_app(process, status, args):
+def make_app(kind, status, args):
     """A Flask app that answers every error as JSON, and GET /status with the dict status()."""
-    app = flask.Flask(process, static_folder=None)
+    app = flask.Flask(kind, static_folder=None)
     if args.trace:
-        trace.start(args.trace, process)
+        trace.start(args.trace, kind)
     app.config["MAX_CONTENT_LENGTH"], app.json.sort_keys = MAX_BODY, False
     names = names_of(args)
 
@@ -87,8 +85,8 @@ def make_app(process, status, args):
         if isinstance(error, Refused):
             login = {"WWW-Authenticate": "Basic"} if error.status == 401 else {}
             return {"error": str(error)}, error.status, login
-        for kind, code in ((Malformed, 400), (Diverged, 409), (NoAnswer, 503)):
-            if isinstance(error, kind):  # NoAnswer is of a process that this one asked
+        for wrong, code in ((Malformed, 400), (Diverged, 409), (NoAnswer, 503)):
+            if isinstance(error, wrong):  # NoAnswer is of a process that this one asked
                 return {"error": str(error)}, code
         if isinstance(error, HTTPException):
             return {"error": f"{error.name}: {error.description}"}, error.code
@@ -97,8 +95,8 @@ def make_app(process, status, args):
 
     @app.get("/status")
     def get_status():
-        numbers = {"process": process, "pid": os.getpid(), "user": getpass.getuser(),
-                   "ids": [ID], **status()}
+        numbers = {"process": kind, "pid": os.getpid(), "user": getpass.getuser(),
+                   "starts": [process.START], **status()}
         return {name: value if value == value else None for name, value in numbers.items()}  # NaN
 
     return app

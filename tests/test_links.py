@@ -451,13 +451,13 @@ def options(**changed):
 
 def status(**changed):
     return Status(**{"process": "output trainer", "layers": [3, 2, 1], "network": [3, 2, 1],
-                     "updates": 0, "ids": ["above"], "user": over_http.getpass.getuser(),
+                     "updates": 0, "starts": [7], "user": over_http.getpass.getuser(),
                      **changed})
 
 
 def oracle_status(**changed):
     return status(**{"process": "oracle", "layers": [3, 3], "network": None, "needs": 5,
-                     "ids": [], **changed})
+                     "starts": [], **changed})
 
 
 def make_above(above=None, oracle=None, **changed):
@@ -479,8 +479,8 @@ def make_above(above=None, oracle=None, **changed):
     ({"user": "mallory"}, {}, {}, "the part above .* was started by mallory, not by you"),
     ({}, {"user": "mallory"}, {}, "the oracle .* was started by mallory, not by you"),
     ({"user": "mallory"}, {}, {"output_server": "10.0.0.7:1"}, None),
-    ({"ids": ["above", serving.ID]}, {}, {}, "the parts form a cycle"),
-    ({"ids": ["above", serving.ID], "network": None}, {}, {}, "the parts form a cycle"),
+    ({"starts": [7, process.START]}, {}, {}, "the parts form a cycle"),
+    ({"starts": [7, process.START], "network": None}, {}, {}, "the parts form a cycle"),
     ({"network": None}, {}, {}, "waiting for the part above it"),
     ({}, {"needs": 81}, {}, "needs 81 new gradients .* but only 80 come"),
     ({}, {"needs": 80}, {}, None),
@@ -493,7 +493,7 @@ def test_partners_that_do_not_fit_are_refused_with_what_to_do(above, oracle, cha
     made = make_above(status(**above), oracle_status(**oracle), **changed)
     if message is None:
         assert made.connect(1) == 1
-        assert made.network == [3, 2, 1] and made.ids == ["above"]
+        assert made.network == [3, 2, 1] and made.starts == [7]
     else:
         with pytest.raises(UserError, match=message) as error:
             made.connect(1)
@@ -513,17 +513,17 @@ def test_a_middle_part_learns_the_width_of_y_from_the_network_above():
 
 def test_a_cycle_is_noticed_though_no_part_of_it_is_ever_complete(monkeypatch):
     """Each of three middle parts has the next one above it. Each asks it in turn."""
-    names = "abc"
+    names = 1, 2, 3
     parts = {name: make_above(layers=[3, 3]) for name in names}
 
     def status_of(name):
         return status(process="middle trainer", layers=[3, 3], network=None,
-                      ids=[name, *parts[name].ids])
-    for name, above in zip(names, "bca", strict=True):
+                      starts=[name, *parts[name].starts])
+    for name, above in zip(names, (2, 3, 1), strict=True):
         parts[name].part.status = lambda above=above: status_of(above)
     said = []
     for name in 3 * names:
-        monkeypatch.setattr(serving, "ID", name)
+        monkeypatch.setattr(process, "START", name)
         with pytest.raises(UserError) as error:
             parts[name].connect()
         said.append("form a cycle" in str(error.value))

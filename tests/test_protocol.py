@@ -19,7 +19,7 @@ import over_http
 import train_output
 from replay import Replay
 from links import UpperEnd, minibatches_of
-from plumbing import serving
+from plumbing import process, serving
 from plumbing.errors import NoAnswer, Refused
 from plumbing.part import Part
 from plumbing.posting import Outbox
@@ -328,7 +328,7 @@ def test_every_message_arrives_at_its_endpoint_as_it_was_sent_and_its_answer_com
     weights, updates = part.weights([3, 2, 1])
     assert (weights[0][0] == WEIGHTS[0][0]).all() and updates == [7, 9]
     said = part.status()
-    assert said.layers == [3, 2] and said.updates == 4 and said.ids == [serving.ID]
+    assert said.layers == [3, 2] and said.updates == 4 and said.starts == [process.START]
     assert (said.condition_on_labels, said.needs, said.trained) == (1, 5, (11, 6))
     assert said.user == getpass.getuser()
 

@@ -286,7 +286,7 @@ def test_whoever_spells_out_arrays_gets_them_spelled_out():
 def test_status_says_who_it_is_and_what_is_not_a_number_is_null():
     status = make_app().test_client().get("/status").json
     assert status == {"process": "test", "pid": os.getpid(), "user": getpass.getuser(),
-                      "ids": [serving.ID], "layers": [3], "updates": 0, "loss": None}
+                      "starts": [process.START], "layers": [3], "updates": 0, "loss": None}
 
 
 # ---- waiting and stopping ----
