@@ -95,15 +95,15 @@ def draw_guess(figure, _, row, probe):
     limit = float(f"{np.percentile(np.abs(g), 99) or np.abs(g).max():.1g}")
     triangles = Triangulation(*probe["x"].T)
     for unit, pair in enumerate(axes if tall else axes.T):
-        for ax, name, values in zip(pair, ("$g$", r"$\hat{g}$"), (g, guess), strict=True):
+        for ax, name, values in zip(pair, "gĝ", (g, guess), strict=True):
             filled = ax.tricontourf(triangles, values[:, unit], levels=limit * LEVELS,
                                     cmap="PuOr", extend="both")
-            of_pair = f", cosine {cosine(g[:, unit], guess[:, unit]):.2f}" * (name != "$g$")
+            of_pair = f", cosine {cosine(g[:, unit], guess[:, unit]):.2f}" * (name == "ĝ")
             square(ax, f"{name} of unit {unit + 1}{of_pair}", fontsize=9)
     figure.colorbar(filled, ax=axes, location="bottom", label="gradient $dL/dh$ of an example",
                     ticks=limit * LEVELS[::5], aspect=50, shrink=0.7, format="{x:.2g}")
-    figure.suptitle(rf"{progress_of(row)}: true gradient $g$, guess $\hat{{g}}$,"
-                    f"\ncosine over these units {cosine(g, guess):.2f}", fontsize=10)
+    figure.suptitle(f"{progress_of(row)}: true gradient g, guess ĝ,\n"
+                    f"cosine over these units {cosine(g, guess):.2f}", fontsize=10)
 
 
 def draw_curves(figure, metrics):
