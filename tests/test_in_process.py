@@ -186,7 +186,7 @@ def test_zero_gradients_do_no_better_than_a_constant_guess_where_layer_1_must_le
 
 
 @pytest.mark.parametrize("kind, dims, options", [
-    ("noisy_data", [10, 8, 32, 1], ["--num-epochs", 2]),
+    ("noisy_data", [10, 8, 32, 1], ["--num-epochs", 2, "--replay", 2]),
     ("small_digits", [784, 8, 8, 10], ["--num-epochs", 4, "--batch-size", 50, "--learning-rate",
                                        0.1])])
 def test_local_gradients_teach_every_lower_part_of_a_chain(kind, dims, options, request):

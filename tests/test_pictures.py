@@ -172,12 +172,13 @@ def test_the_next_picture_takes_its_layout_from_the_first_one(kind, tmp_path):
     draw, size, *_ = plot.KINDS[kind]
     first, second = map(read_snapshot, snapshots(tmp_path / "run"))
     places = []
-    png(draw, *first, size=size, places=places)
+    png(draw, *first, size=size, dpi=50, places=places)
     assert np.ptp([place.x0 for place in places[:2]]) > 0.1
-    again, alone = (pixels(png(draw, *second, size=size, places=each)) for each in (places, None))
+    again, alone = (pixels(png(draw, *second, size=size, dpi=50, places=each))
+                    for each in (places, None))
     assert np.abs(again - alone).mean() < 0.1
     places[0] = places[0].translated(0.1, 0)
-    assert np.abs(pixels(png(draw, *second, size=size, places=places)) - alone).mean() > 1
+    assert np.abs(pixels(png(draw, *second, size=size, dpi=50, places=places)) - alone).mean() > 1
 
 
 @pytest.mark.processes

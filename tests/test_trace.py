@@ -138,7 +138,7 @@ def test_threads_may_record_while_the_file_is_written(tmp_path):
         while not done.is_set():
             with trace.span("answer"), trace.span("inner"):
                 pass
-    threads = [threading.Thread(target=work) for _ in range(3)]
+    threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
     for _ in range(2):
