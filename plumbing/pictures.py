@@ -41,6 +41,10 @@ def log_ticks(ax):
     """Labelled ticks on a logarithmic axis, over a fraction of a decade or over many."""
     from matplotlib.ticker import AutoLocator, LogLocator
     low, high = ax.get_ylim()
+    narrow, power = high < 4 * low, 10 ** np.floor(np.log10(low))
+    if not narrow:  # begin at a tick, so that what is below the lowest one can be read, too
+        low = max((power * step for step in (1, 2, 5) if power * step <= low), default=low)
+        ax.set_ylim(low, high)
     decades = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
-    ax.yaxis.set(major_locator=AutoLocator() if high < 4 * low else decades,
+    ax.yaxis.set(major_locator=AutoLocator() if narrow else decades,
                  major_formatter="{x:g}", minor_formatter="")

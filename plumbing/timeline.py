@@ -162,7 +162,7 @@ def draw_arrows(ax, arrows, begin, end, lanes):
             ax.add_patch(FancyArrowPatch(
                 (arrow.begin - begin, start + edge), (arrow.end - begin, stop - edge),
                 arrowstyle="-|>", color=ARROWS[arrow.name][1], linewidth=0.9, mutation_scale=7,
-                shrinkA=0, shrinkB=0))
+                shrinkA=0, shrinkB=0, zorder=0.9))  # behind the bars of a lane between
 
 
 def run(name, extra, argv, signals):
