@@ -113,6 +113,22 @@ def test_what_is_new_in_a_message_counts_though_it_begins_with_what_is_known():
     assert clocks_of(upper) == [1, 0]
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_what_has_been_trained_on_makes_room_for_what_comes(every):
+    upper = make_upper()
+    for clock in range(3 * max(BACKLOG, THROWN) // 100):
+        arrive(upper, clock, rows=100, every=every)
+        assert upper.next().clock == clock
+    assert upper.skipped == 0 and upper.rows == {"due": 0, "waiting": 0}
+
+
+def test_what_was_asked_about_is_not_said_to_be_trained_on():
+    """The part below has its gradient, and need not be told. Only what was thrown names a start."""
+    upper = make_upper()
+    upper.ask(*columns([0], clock=9), lambda g: None)
+    assert upper.next().clock == 9 and upper.trained is None
+
+
 def test_too_many_minibatches_that_must_be_trained_on_are_refused_and_said_so():
     upper = make_upper()
     upper.rows["due"] = 2 * THROWN + 1

@@ -369,6 +369,19 @@ def recorded():
             for event in trace.events() if event["ph"] != "M"]
 
 
+def test_an_update_along_a_guess_is_recorded_from_its_forward_pass_to_its_end(tmp_path):
+    trace.start(tmp_path / "a.json", "input trainer")
+    link = make_link("synthetic")
+    link.above.g = np.ones((2, 3), "f")
+    with trace.span("before"):
+        pass
+    step(link, 7)
+    spans = [(name, 7) for name in ("forward", "throw", "ask", "update")]
+    found = recorded()[2:]
+    assert [(name[2:], key) for name, key in found if name[0] == "B"] == spans
+    assert ("s examples", "examples 7") in found and len(found) == 9
+
+
 def test_a_wait_for_a_true_gradient_is_a_span_in_which_its_arrow_ends(tmp_path):
     trace.start(tmp_path / "a.json", "input trainer")
     link = make_link("true")
