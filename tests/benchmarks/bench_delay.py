@@ -1,7 +1,7 @@
 """`make bench-delay`: every way to get a gradient, against its delay, in one process. Hours.
 
-Three networks: one layer of 24 below the cut, a narrow one of 6, and three layers of 64, where
-eight of ten inputs are noise. Three functions: the default one, `waves` and `ripples`. Each way
+Four networks: one layer of 24 below the cut, narrower ones of 6 and of 12, and three layers of 64,
+where eight of ten inputs are noise. Three functions: the default one, `waves` and `ripples`. Each way
 gets the same number of tries for its rates, momentum and warm-up, on a function that is not
 reported, and as many for what is its own (the head of a local loss, the oracle), on another one;
 at full length, once at 6 and once at 50 updates. So the rates at 20 are those at 6, and those at
@@ -64,6 +64,8 @@ NETWORKS = {  # name: options, rates to try, for true gradients two more
     "one layer of 24": (["--layers", 2, 24, 12, 1], SHALLOW_RATES, ((0.3, 0.9, 0), (5, 0.9, 0))),
     "one layer of 6": (["--layers", 2, 6, 64, 64, 1], SHALLOW_RATES,
                        ((0.3, 0.9, 0), (5, 0.9, 0))),
+    "one layer of 12": (["--layers", 2, 12, 64, 64, 1], SHALLOW_RATES,
+                        ((0.3, 0.9, 0), (5, 0.9, 0))),
     "three layers of 64": (["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3], DEEP_RATES,
                            ((0.07, 0.9, 0), (1.5, 0.9, 0)))}
 ORACLES = ("--oracle-rate", 0.002), ("--oracle-layers", 128, 128)
