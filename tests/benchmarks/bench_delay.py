@@ -1,8 +1,8 @@
 """`make bench-delay`: every way to get a gradient, against its delay, in one process. Hours.
 
 Four networks: one layer of 24 below the cut, narrower ones of 6 and of 12, and three layers of 64,
-where eight of ten inputs are noise. Three functions: the default one, `waves` and `ripples`. Each way
-gets the same number of tries for its rates, momentum and warm-up, on a function that is not
+where eight of ten inputs are noise. Three functions: the default one, `waves` and `ripples`. Each
+way gets the same number of tries for its rates, momentum and warm-up, on a function that is not
 reported, and as many for what is its own (the head of a local loss, the oracle), on another one;
 at full length, once at 6 and once at 50 updates. So the rates at 20 are those at 6, and those at
 100 are those at 50. examples/in_process.py holds everything else still: the same options give the
