@@ -249,21 +249,25 @@ def widths(pool, args):
     """The narrow network, with other widths of its lower layer, at 6 and 50 updates; local losses
     with each head."""
     network = "one layer of 6"
-    best, results, chosen, cases = search(pool, network, args.ways), {}, {}, {}
+    best, results, cases, rows = search(pool, network, args.ways), {}, {}, {}
     for way, function, seed, width, late in itertools.product(
             args.ways, args.functions, range(args.seeds), WIDTHS, (6, 50)):
         delay, row = late if WAYS[way][1] else None, f"{late} updates late"
         rates, own = best_of(best, way, delay)
         for head in ((), *HEADS) if way == "local loss" else (own,):
             name = f"local loss, head {head_of(head)}" if way == "local loss" else way
-            chosen[row, name, width] = rates, head
+            rows.setdefault((function, name, delay or "–"), {})[width] = row
             cases[row, function, name, width, seed] = (
                 f"--layers 2 {width} 64 64 1", tuple(WAYS[way][0]), function, delay, rates, seed,
                 head)
     found = run_all(pool, cases.values())
     for (*cell_of, _), case in cases.items():
         results.setdefault(tuple(cell_of), []).append(found[case])
-    report("bench-widths", results, chosen, "width")
+    table("bench-widths", ("function", "gradients", "updates late", *(
+        f"width {width}" for width in WIDTHS)), [
+            (function, name, late, *(cell(results[row, function, name, width])
+                                     for width, row in widths.items()))
+            for (function, name, late), widths in sorted(rows.items(), key=lambda row: row[0][0])])
     (KEPT / "bench-widths.png").write_bytes(png(
         draw, results, ["6 updates late", "50 updates late"], args.functions,
         "width of the layer below the cut", size=(10, 6.8), dpi=110))
