@@ -87,14 +87,16 @@ def data_of(function, noisy):
 
 
 def learn(network, words, function, delay, rates, seed, own=()):
-    """The held-out MSE after each epoch of one run. Kept on disk."""
-    name = " ".join(map(str, [network, *words, function, delay or 0, *rates, seed, *own]))
+    """The held-out MSE after each epoch of one run. Kept on disk. delay: None where it does not
+    matter."""
+    delay = delay or 0
+    name = " ".join(map(str, [network, *words, function, delay, *rates, seed, *own]))
     kept = KEPT / "bench-delay" / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     paths = data_of(function, network.startswith("three"))
     rate, momentum, warm_up = rates
-    words = [*paths, *NETWORKS.get(network, (network.split(),))[0], *words, "--delay", delay or 0,
+    words = [*paths, *NETWORKS.get(network, (network.split(),))[0], *words, "--delay", delay,
              "--seed", seed, "--replay", 4, "--num-epochs", EPOCHS, "--learning-rate", rate,
              "--momentum", momentum, "--warm-up", warm_up, *own]
     args = with_rates(in_process.make_parser().parse_args(list(map(str, words))))
@@ -125,6 +127,14 @@ def run_all(pool, cases):
     return {case: reached(future.result()) for case, future in futures.items()}
 
 
+def of_all_seeds(pool, cases):
+    """{(*cell, seed): arguments of learn} -> {cell: what its runs came to}."""
+    found, results = run_all(pool, cases.values()), {}
+    for (*cell_of, _), case in cases.items():
+        results.setdefault(tuple(cell_of), []).append(found[case])
+    return results
+
+
 def search(pool, network, ways):
     """{(way, delay): the rates and own options that came to the lowest MSE}."""
     _, rates, more = NETWORKS[network]
@@ -147,6 +157,11 @@ def search(pool, network, ways):
         best = {cell: min(each, key=lambda this: found[each[this]])  # noqa: B023
                 for cell, each in tries.items()}
     return best
+
+
+def tells(delay):
+    """How a delay is named in a table."""
+    return "–" if delay is None else delay
 
 
 def best_of(best, way, delay):
@@ -217,7 +232,7 @@ def report(name, results, best, x_name):
         rows.setdefault((row, way, x), {})[column] = cell(values)
     columns = list(dict.fromkeys(column for _, column, *_ in results))
     table(name, ("network", "gradients", x_name, *columns, "rate, momentum, warm-up; own"), [
-        (row, way, "–" if x is None else x, *(cells.get(column, "–") for column in columns),
+        (row, way, tells(x), *(cells.get(column, "–") for column in columns),
          " ".join(map(str, (*best[row, way, x][0], *best[row, way, x][1]))))
         for (row, way, x), cells in rows.items()])
 
@@ -232,9 +247,7 @@ def delays(pool, args):
                 rates, own = chosen[network, way, delay] = best_of(best, way, delay)
                 cases[network, function, way, delay, seed] = (
                     network, tuple(WAYS[way][0]), function, delay, rates, seed, own)
-        found = run_all(pool, cases.values())
-        for (*cell_of, _), case in cases.items():
-            results.setdefault(tuple(cell_of), []).append(found[case])
+        results |= of_all_seeds(pool, cases)
     report("bench-delay", results, chosen, "updates late")
     (KEPT / "bench-delay.png").write_bytes(png(
         draw, results, args.networks, args.functions, "delay of true gradients, updates",
@@ -249,25 +262,24 @@ def widths(pool, args):
     """The narrow network, with other widths of its lower layer, at 6 and 50 updates; local losses
     with each head."""
     network = "one layer of 6"
-    best, results, cases, rows = search(pool, network, args.ways), {}, {}, {}
+    best, cases, rows = search(pool, network, args.ways), {}, {}
     for way, function, seed, width, late in itertools.product(
             args.ways, args.functions, range(args.seeds), WIDTHS, (6, 50)):
-        delay, row = late if WAYS[way][1] else None, f"{late} updates late"
+        delay = late if WAYS[way][1] else None
         rates, own = best_of(best, way, delay)
         for head in ((), *HEADS) if way == "local loss" else (own,):
             name = f"local loss, head {head_of(head)}" if way == "local loss" else way
-            rows.setdefault((function, name, delay or "–"), {})[width] = row
-            cases[row, function, name, width, seed] = (
+            cases[f"{late} updates late", function, name, width, seed] = (
                 f"--layers 2 {width} 64 64 1", tuple(WAYS[way][0]), function, delay, rates, seed,
                 head)
-    found = run_all(pool, cases.values())
-    for (*cell_of, _), case in cases.items():
-        results.setdefault(tuple(cell_of), []).append(found[case])
+    results = of_all_seeds(pool, cases)
+    for (late, function, name, width, _), (_, _, _, delay, *_) in cases.items():
+        rows.setdefault((function, name, tells(delay)), {})[width] = cell(
+            results[late, function, name, width])
     table("bench-widths", ("function", "gradients", "updates late", *(
         f"width {width}" for width in WIDTHS)), [
-            (function, name, late, *(cell(results[row, function, name, width])
-                                     for width, row in widths.items()))
-            for (function, name, late), widths in sorted(rows.items(), key=lambda row: row[0][0])])
+            (*row, *cells.values())
+            for row, cells in sorted(rows.items(), key=lambda item: item[0][0])])
     (KEPT / "bench-widths.png").write_bytes(png(
         draw, results, ["6 updates late", "50 updates late"], args.functions,
         "width of the layer below the cut", size=(10, 6.8), dpi=110))
@@ -279,25 +291,24 @@ def head_of(own):
 
 def hindsight(pool, args):
     """The ways without an oracle at the best of their rates for each function and delay."""
-    ways, cases, rows = [way for way in args.ways if WAYS[way][0][:1] == ["--gradients"]], {}, []
+    cases, best = {}, {}
     for network, way, function, seed in itertools.product(
-            args.networks, ways, args.functions, range(args.seeds)):
-        for delay in args.delays if WAYS[way][1] else (None,):
-            _, rates, more = NETWORKS[network]
-            for tried in (*rates, *more) if way != "zero" else ((1, 0, 0),):
-                cases.setdefault((network, way, delay), {}).setdefault(function, {}).setdefault(
-                    tried, []).append((network, tuple(WAYS[way][0]), function, delay, tried, seed,
-                                       ()))
-    found = run_all(pool, [case for functions in cases.values() for tries in functions.values()
-                           for each in tries.values() for case in each])
-    for (network, way, delay), functions in cases.items():
-        cells = []
-        for tries in functions.values():
-            reached = {tried: [found[case] for case in each] for tried, each in tries.items()}
-            best = min(reached, key=lambda tried: np.median(reached[tried]))  # noqa: B023
-            cells.append(f"{cell(reached[best])}: {' '.join(map(str, best))}")
-        rows.append((network, way, "–" if delay is None else delay, *cells))
-    table("bench-hindsight", ("network", "gradients", "updates late", *args.functions), rows)
+            args.networks, args.ways, args.functions, range(args.seeds)):
+        words, is_late, own = WAYS[way]
+        if own == ORACLES:
+            continue
+        _, rates, more = NETWORKS[network]
+        for delay, tried in itertools.product(
+                args.delays if is_late else (None,),
+                (*rates, *more) if way != "zero" else ((1, 0, 0),)):
+            cases[network, way, delay, function, tried, seed] = (
+                network, tuple(words), function, delay, tried, seed, ())
+    for (network, way, delay, function, tried), values in of_all_seeds(pool, cases).items():
+        row = best.setdefault((network, way, tells(delay)), {})
+        said = f"{cell(values)}: {' '.join(map(str, tried))}"
+        row[function] = min(row.get(function, (np.inf, "–")), (np.median(values), said))
+    table("bench-hindsight", ("network", "gradients", "updates late", *args.functions), [
+        (*row, *(said for _, said in cells.values())) for row, cells in best.items()])
 
 
 def main():

@@ -317,8 +317,11 @@ def time_to(metrics, mse, column="seconds"):
 
 
 def still_falls(metrics):
-    """The lowest row of the last third of a run over that of the third before."""
+    """The lowest row of the last third of a run over that of the third before; NaN if there are
+    not three rows."""
     third = len(metrics["test_mse"]) // 3
+    if not third:
+        return np.nan
     return float(metrics["test_mse"][-third:].min() / metrics["test_mse"][third:-third].min())
 
 
