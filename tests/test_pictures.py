@@ -17,7 +17,7 @@ from PIL import Image
 
 import plot
 from plumbing import bar, live, new_figure
-from plumbing.pictures import png
+from plumbing.pictures import log_ticks, png
 from plumbing.runs import Progress, read_snapshot, snapshots
 from sgd import make_layers
 from tests.processes import ROOT, Three, end, free_ports, start, wait_until
@@ -195,6 +195,15 @@ def curves(metrics):
     plot.draw_curves(figure, metrics)
     figure.canvas.draw()
     return figure.axes
+
+
+@pytest.mark.parametrize("low, high, lowest", [(0.012, 0.16, 0.01), (0.0023, 0.2, 0.002),
+                                               (0.052, 0.06, 0.052)])
+def test_a_curves_axis_begins_at_a_tick_unless_it_is_narrow(low, high, lowest):
+    axes = new_figure((4, 3)).subplots()
+    axes.set(yscale="log", ylim=(low, high))
+    log_ticks(axes)
+    assert axes.get_ylim() == pytest.approx((lowest, high))
 
 
 def scores(*values, **more):
