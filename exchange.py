@@ -63,11 +63,15 @@ class BoundedStaleness:
 
     def raise_too_old(self, clock, after):
         """Raises NoAnswer: what is newer than the clock `after` is not known above, or not back."""
+        self.throw_lost(after)
+        raise NoAnswer(f"this part is at update {clock}, what is known above is of update "
+                       f"{after}, and --staleness is {self.bound}; is all above running?")
+
+    def throw_lost(self, after):
+        """Throw what is newer than the clock `after` again, unless that was done just now."""
         if time.monotonic() - self.thrown_at > THROW_AGAIN:
             self.thrown_at = time.monotonic()
             self.throw_again(after)
-        raise NoAnswer(f"this part is at update {clock}, what is known above is of update "
-                       f"{after}, and --staleness is {self.bound}; is all above running?")
 
     def status(self):
         recent = list(self.recent) or [(np.nan, np.nan)]
@@ -165,6 +169,10 @@ class Delayed(Source):
         if h is not None:
             self.on_their_way[clock][1] = tell
         yield from self.take(clock)
+        if h is None and self.on_their_way:  # the part below may wait for what is lost above
+            oldest, (thrown_at, *_) = next(iter(self.on_their_way.items()))
+            if time.perf_counter() - thrown_at > THROW_AGAIN:
+                self.link.bounded.throw_lost(oldest - 1)
         while h is not None and (len(self.on_their_way) > self.window  # too many, or one is lost
                                  or min(self.on_their_way, default=clock) <= clock - self.bound):
             self.link.bounded.timed(lambda: self.something_came(clock))
@@ -174,6 +182,8 @@ class Delayed(Source):
         with self.changed:
             came, self.returned = sorted(self.returned.items()), {}
         for then, g in came:
+            if then not in self.on_their_way:  # it came again while it was applied
+                continue
             thrown_at, tell, inside = self.on_their_way.pop(then)
             trace.flow_in("gradients", then)
             self.link.bounded.recent.append((clock - then, time.perf_counter() - thrown_at))

@@ -234,7 +234,7 @@ def check_oracle(needs, staleness, batch_size, num_examples):
     whole, rest = divmod(staleness, -(-num_examples // batch_size))
     last = num_examples % batch_size or batch_size  # an epoch's last minibatch may be smaller
     ahead = min(whole * num_examples + (rest and (rest - 1) * batch_size + last),
-                max(BACKLOG, 2 * batch_size))
+                max(BACKLOG // batch_size, 2) * batch_size)
     if needs > ahead:
         raise UserError(
             f"the oracle needs {needs} new gradients before it trains again, but only {ahead} come "

@@ -69,7 +69,7 @@ class Examples(msgspec.Struct, forbid_unknown_fields=True):
     y: Matrix
     clock: Integers
     start: Integers
-    every: bool = False  # none may be skipped: the part below waits until each is trained on
+    every: bool = False  # none of those that came may be skipped
 
 
 class Gradients(msgspec.Struct, forbid_unknown_fields=True):

@@ -112,7 +112,9 @@ class Run:
         bounded = self.link.bounded
         self.part.numbers.update(
             examples=self.examples, seconds=self.seconds, waits=bounded.waits,
-            waited=bounded.waited, above=min(self.updates_above or [0]))
+            waited=bounded.waited)
+        if self.updates_above:
+            self.part.numbers["above"] = min(self.updates_above)
         self.part.save()
 
     def take(self):
@@ -151,6 +153,7 @@ class Run:
             return float("nan"), {}
         below, above = network[:len(self.part.layers)], network[len(self.part.layers):]
         n = 2000 if self.data.x.shape[1] == 2 else 500
+        n = min(n, 2**22 // len(below[-1].b))  # so that h fits into a message
         x, y = self.data.x_test[:n], self.data.y_test[:n]
         h = feed_forward(below, x)
         g = backprop(above, task_of(self.k).loss_gradient(feed_forward(above, h), y))

@@ -15,7 +15,7 @@ import numpy as np
 from replay import Replay
 from links import LowerEnd, UpperEnd
 from plumbing import process
-from plumbing.errors import UserError
+from plumbing.errors import Refused, UserError
 from plumbing.part import Part
 from sgd import HIDDEN, backprop, feed_forward, make_layers, schedule
 from train_input import LOWER, add_gradients, with_rates
@@ -74,6 +74,8 @@ def main(args, stop):
         return part.weights()[0] + theirs, [part.clock, *updates]
 
     def add(*gradients):
+        if not link:
+            raise Refused("still waiting for the part above", 503)
         link.take_back(*gradients)
         below.nudge()
 
@@ -82,9 +84,10 @@ def main(args, stop):
     serve_gradients(app, args.layers[-1], lambda: link and above.network[-1], add)
     serving.serve(app, listener, args)
     k = above.connect()
-    link = LowerEnd(part, above, process.START, k, args, rng)
+    lower_end = LowerEnd(part, above, process.START, k, args, rng)
     above.check_use(part.resume(args.resume), part)
     part.save()  # from now on --resume continues this run
+    link = lower_end  # last, for now the part below may begin
     say(f"middle trainer {args.layers} answers on {options.address(args.host, args.port)}")
     reporter = process.Reporter(below.line)
     squares = train(part, part.minibatches(below, stop, args.checkpoint_seconds, reporter),

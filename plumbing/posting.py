@@ -5,6 +5,7 @@ import threading
 import numpy as np
 
 from plumbing import say
+from plumbing.errors import Diverged
 
 THROWN = 20_000  # examples that an Outbox holds at most
 MAX_BYTES = 2**22  # of arrays in a message, and one minibatch more
@@ -40,17 +41,21 @@ class Outbox:
 
     The queue holds at most `max_rows` examples; beyond that the oldest are dropped. What cannot be
     delivered is dropped too. thrown = sent + dropped + what waits or is on its way. A thread of its
-    own takes messages of at most MAX_BYTES from here, see Poster.
+    own takes messages of at most MAX_BYTES from here, see Poster. Once something that was thrown
+    has diverged, throwing raises Diverged, so that the training loop ends.
     """
 
     def __init__(self, max_rows=THROWN):
         self.queue, self.kept = Newest(max_rows), Newest(max_rows)  # kept: to throw again
         self.changed, self.closing = threading.Condition(), False
         self.thrown = self.sent = self.dropped = 0
+        self.start, self.diverged = None, None  # of what is kept; the error
 
     def throw(self, i, h, y, clock, start, *g):
         """A minibatch, with its gradient if that is known. Nobody may write to it any more."""
         with self.changed:
+            if self.start != start[0]:  # nobody waits for what is of before a restart
+                self.kept, self.start = Newest(self.kept.max_rows), start[0]
             self._append(int(clock[0]), (i, h, y, clock, start, *g))
             self.kept.append(int(clock[0]), (i, h, y, clock, start, *g))
 
@@ -63,6 +68,8 @@ class Outbox:
                     self._append(clock, columns)
 
     def _append(self, clock, columns):
+        if self.diverged:
+            raise self.diverged
         self.thrown += len(columns[0])
         self.dropped += self.queue.append(clock, columns)
         self.changed.notify()
@@ -99,6 +106,9 @@ class Poster:
             try:
                 self.post(*columns)
                 delivered = True
+            except Diverged as error:
+                outbox.diverged = error
+                return
             except Exception as error:  # whatever it is, it is reported, and the thread goes on
                 delivered = False
                 if reachable:

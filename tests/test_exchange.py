@@ -20,7 +20,7 @@ from replay import Replay
 from examples import in_process
 from links import LowerEnd
 from plumbing import posting
-from plumbing.errors import NoAnswer
+from plumbing.errors import Diverged, NoAnswer
 from plumbing.part import Part
 from plumbing.posting import Outbox, Poster
 from plumbing.wire import MAX_BODY, encode, rows_per_message
@@ -155,6 +155,27 @@ def test_what_still_waits_is_not_thrown_twice_and_what_is_kept_is_bounded():
     outbox.throw_again(-1)
     assert outbox.next_message()[0].tolist() == list(range(10, 20))
     assert thrown_again(outbox, -1) == list(range(10, 20))
+
+
+def test_what_is_of_before_a_restart_of_the_part_below_is_not_thrown_again():
+    """Else a fresh oracle could take it for the newest start, and the part below would wait."""
+    outbox = Outbox()
+    for clock in (8, 9):
+        outbox.throw(*columns([clock], clock=clock, start=BEFORE))
+    outbox.throw(*columns([5], clock=5))
+    assert thrown_again(outbox, -1) == [5]
+
+
+def test_what_diverged_ends_whoever_throws_it():
+    """Nothing comes back from above any more, and a part that waits for it would wait for long."""
+    outbox, gate = Outbox(), Gate(Diverged("h is not finite"))
+    gate.open.set()
+    poster = Poster(outbox, gate.post, "the gate")
+    outbox.throw(*columns([1]))
+    poster.thread.join(10)
+    for throw in (lambda: outbox.throw(*columns([2])), lambda: outbox.throw_again(-1)):
+        with pytest.raises(Diverged, match="h is not finite"):
+            throw()
 
 
 def test_a_minibatch_larger_than_the_bound_is_still_thrown():
@@ -669,6 +690,33 @@ def test_a_middle_part_applies_what_has_come_back_when_nothing_arrives():
     come_back(link, 1)
     assert [tell for _, tell in link.gradients(clock=3)] == [1]
     assert list(link.gradients(clock=3)) == []
+
+
+def test_what_comes_again_while_it_is_applied_is_applied_once():
+    link = delayed_link()
+    for clock in range(3):
+        step(link, clock)
+    come_back(link, 0, 1, 2)
+    updates = link.gradients(clock=3)
+    assert next(updates)[1] == 0
+    come_back(link, 1, 2)
+    assert [tell for _, tell in updates] == [1, 2]
+    assert list(link.gradients(clock=3)) == []
+
+
+def test_a_middle_part_throws_again_what_is_lost_though_nothing_arrives(clock):
+    """The part below may wait for just these gradients, and throw no new minibatch."""
+    link = delayed_link()
+    for n in range(3):
+        step(link, n)
+    come_back(link, 0)
+    for seconds, again in ((0.0, []), (0.4, []), (0.2, [0]), (0.4, [0]), (0.2, [0, 0])):
+        clock.now += seconds
+        list(link.gradients(clock=3))
+        assert link.above.again == again
+    come_back(link, 1, 2)
+    clock.now += 1
+    assert [tell for _, tell in link.gradients(clock=3)] == [1, 2] and len(link.above.again) == 2
 
 
 def test_without_a_gradient_there_is_no_update_whatever_the_momentum():

@@ -575,13 +575,13 @@ def test_what_comes_before_the_part_below_waits_is_counted_to_the_example():
         epoch = [batch_size] * full + [last] * (last > 0)
         sizes = epoch * (2 + staleness // len(epoch))
         ahead = min(sum(sizes[k:k + staleness]) for k in range(len(epoch)))
-        ahead = min(ahead, BACKLOG)
+        ahead = min(ahead, BACKLOG // batch_size * batch_size)
         check_oracle(ahead, staleness, batch_size, num_examples)
         with pytest.raises(UserError, match=f"needs {ahead + 1} new .* but only {ahead} come"):
             check_oracle(ahead + 1, staleness, batch_size, num_examples)
 
 
-@pytest.mark.parametrize("batch_size, ahead", [(100, BACKLOG), (1000, 2000)])
+@pytest.mark.parametrize("batch_size, ahead", [(100, BACKLOG), (300, 600), (1000, 2000)])
 def test_more_than_may_wait_above_does_not_come(batch_size, ahead):
     check_oracle(ahead, 20, batch_size, 2**53)
     with pytest.raises(UserError, match=f"only {ahead} come"):
@@ -944,6 +944,16 @@ def test_a_part_above_that_is_gone_at_the_end_leaves_a_checkpoint(
         run_main(monkeypatch, above, args)
     assert "without a last snapshot, but with a checkpoint" in capsys.readouterr().err
     assert runs.load(args.progress_dir / "checkpoint.npz")["updates"] == 38
+
+
+def test_a_checkpoint_before_the_first_row_keeps_how_far_the_part_above_was(make_run):
+    run = make_run()
+    run.part.numbers["above"] = 7
+    run.save()
+    assert run.part.numbers["above"] == 7
+    run.above.part.clock = 9
+    run.take()
+    assert run.part.numbers["above"] == 9
 
 
 def test_a_layer_that_diverges_is_neither_saved_nor_written(make_run):

@@ -53,22 +53,24 @@ class Problem(NamedTuple):
     decay: float    # updates, of those parts
     output: float   # learning rate of the highest part
     grid: tuple     # rate and momentum of all parts but the highest
-    best: dict      # of the grid, for true gradients, linear oracles and all else
+    best: dict      # of the grid, for a kind of gradients, linear oracles, and all else
 
 
 def digits(depth):
     return Problem([784, *[256] * depth, 10], 2000, [128], 300, 1e9, 0.02,
                    ((0.1, 0.0), (0.3, 0.0), (1.0, 0.0)),
-                   {"true": (1.0, 0.0), "linear": (0.1, 0.0), "other": (0.3, 0.0)})
+                   {"true": (1.0, 0.0), "delayed": (1.0, 0.0), "local": (1.0, 0.0),
+                    "linear": (0.1, 0.0), "other": (0.3, 0.0)})
 
 
 PROBLEMS = {
     "default": Problem([2, 24, 12, 1], 15_200, [64, 64], 1000, 5000, 0.1,
                        (TRUE, (3.0, 0.0), (12.0, 0.0), GUESSES),
-                       {"true": TRUE, "linear": (3.0, 0.0), "other": GUESSES}),
+                       {"true": TRUE, "delayed": TRUE, "linear": (3.0, 0.0), "other": GUESSES}),
     "noise": Problem([10, 64, 64, 64, 1], 13_300, [64, 64], 300, 20_000, 0.02,
                      ((0.2, 0.9), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0)),
-                     {"true": (0.2, 0.9), "linear": (1.0, 0.0), "other": (2.0, 0.0)}),
+                     {"true": (0.2, 0.9), "local": (0.2, 0.9), "linear": (1.0, 0.0),
+                      "other": (2.0, 0.0)}),
     **{f"digits, {depth} hidden": digits(depth) for depth in (2, 3, 4)}}
 WAYS = {  # name: --gradients, whether the oracles are deep, whether they see y
     "true": ("true", True, False),
@@ -83,9 +85,7 @@ WAYS = {  # name: --gradients, whether the oracles are deep, whether they see y
 
 
 def best_rates(problem, way):
-    if WAYS[way][0] in ("true", "delayed", "local"):
-        return problem.best["true"]
-    return problem.best["linear" if "linear" in way else "other"]
+    return problem.best.get("linear" if "linear" in way else WAYS[way][0], problem.best["other"])
 
 
 def learn(folder, problem, way, rates, loaded, paths, epochs, seed):

@@ -1,18 +1,19 @@
 """`make bench-delay`: every way to get a gradient, against its delay, in one process. Hours.
 
-Four networks: one layer of 24 below the cut, narrower ones of 6 and of 12, and three layers of 64,
-where eight of ten inputs are noise. Three functions: the default one, `waves` and `ripples`. Each
-way gets the same number of tries for its rates, momentum and warm-up, on a function that is not
-reported, and as many for what is its own (the head of a local loss, the oracle), on another one;
-at full length, once at 6 and once at 50 updates. So the rates at 20 are those at 6, and those at
-100 are those at 50. examples/in_process.py holds everything else still: the same options give the
-same numbers, on a busy machine, too.
+The networks: one layer of 24 below the cut, as in `make run`, and the same with eight inputs of
+noise; one of 3 to 48 below 64-64-1; and three layers of 64, with noise. Three functions: the
+default one, `waves` and `ripples`. In each network each way gets the same number of tries for its
+rates, momentum and warm-up, on a function that is not reported, and as many for what is its own
+(the head of a local loss, the oracle), on another one; at full length, once at 6 and once at 50
+updates. So the rates at 0 and 20 are those at 6, and those at 100 are those at 50.
+examples/in_process.py holds everything else still: the same options give the same numbers, on a
+busy machine, too.
 
 A second table shows why exchange.centered() takes the mean out: the cosine of the true gradient at
 the cut with itself some updates later, for its mean over held-out examples and for the rest.
---widths varies the width of the narrow layer instead. --hindsight tries to prove a verdict for
-guesses wrong: their opponents get the best of all rates on the very function and delay that is
-reported. Writes bench-delay.md, .png and bench-delay-persistence.md into benchmarks/, or
+--widths compares the networks of one layer below 64-64-1 instead. --hindsight tries to prove a
+verdict for guesses wrong: their opponents get the best of all rates on the very function and delay
+that is reported. Writes bench-delay.md, .png and bench-delay-persistence.md into benchmarks/, or
 bench-widths.md and .png, or bench-hindsight.md.
 """
 import concurrent.futures
@@ -58,16 +59,17 @@ WIDTHS = 3, 6, 12, 24, 48
 PERSISTENCE = 1, 3, 6, 20, 50
 SEARCHED = {"other": other_target, "another": another_target}  # for rates; for a way's own
 # learning rate, momentum, warm-up
-SHALLOW_RATES = (1, 0.9, 0), (2.7, 0.9, 0), (2.7, 0.9, 1000), (30, 0, 1000)
-DEEP_RATES = (0.2, 0.9, 0), (0.6, 0.9, 0), (0.6, 0.9, 1000), (2, 0, 300)
-NETWORKS = {  # name: options, rates to try, for true gradients two more
-    "one layer of 24": (["--layers", 2, 24, 12, 1], SHALLOW_RATES, ((0.3, 0.9, 0), (5, 0.9, 0))),
-    "one layer of 6": (["--layers", 2, 6, 64, 64, 1], SHALLOW_RATES,
-                       ((0.3, 0.9, 0), (5, 0.9, 0))),
-    "one layer of 12": (["--layers", 2, 12, 64, 64, 1], SHALLOW_RATES,
-                        ((0.3, 0.9, 0), (5, 0.9, 0))),
-    "three layers of 64": (["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3], DEEP_RATES,
-                           ((0.07, 0.9, 0), (1.5, 0.9, 0)))}
+SHALLOW_RATES = (((1, 0.9, 0), (2.7, 0.9, 0), (2.7, 0.9, 1000), (30, 0, 1000)),
+                 ((0.3, 0.9, 0), (5, 0.9, 0)))
+DEEP_RATES = (((0.2, 0.9, 0), (0.6, 0.9, 0), (0.6, 0.9, 1000), (2, 0, 300)),
+              ((0.07, 0.9, 0), (1.5, 0.9, 0)))
+NARROW = {width: f"{width} below 64-64-1" for width in WIDTHS}
+NETWORKS = {  # name: options, rates to try, where nothing is a way's own two more
+    "one layer of 24": (["--layers", 2, 24, 12, 1], *SHALLOW_RATES),
+    "one layer of 24, noise": (["--layers", 10, 24, 12, 1], *SHALLOW_RATES),
+    **{name: (["--layers", 2, width, 64, 64, 1], *SHALLOW_RATES)
+       for width, name in NARROW.items()},
+    "three layers of 64": (["--layers", 10, 64, 64, 64, 64, 64, 1, "--cuts", 3], *DEEP_RATES)}
 ORACLES = ("--oracle-rate", 0.002), ("--oracle-layers", 128, 128)
 HEADS = ("--head",), ("--head", 64, 64)  # besides the default one, of 12
 WAYS = {  # name: --gradients and labels, whether the delay matters, its own options to try
@@ -79,11 +81,12 @@ WAYS = {  # name: --gradients and labels, whether the delay matters, its own opt
     "zero": (["--gradients", "zero"], False, ())}
 
 
-def data_of(function, noisy):
-    """Paths of its x.npy and y.npy, which main() has made."""
+def data_of(function, network):
+    """Paths of its x.npy and y.npy, which main() has made; with noise if the network has more than
+    two inputs."""
     folder = KEPT / function
     x, y = DATA if function == "default" else (folder / "x.npy", folder / "y.npy")
-    return (folder / "noisy" / "x.npy" if noisy else x), y
+    return (folder / "noisy" / "x.npy" if NETWORKS[network][0][1] > 2 else x), y
 
 
 def learn(network, words, function, delay, rates, seed, own=()):
@@ -94,11 +97,11 @@ def learn(network, words, function, delay, rates, seed, own=()):
     kept = KEPT / "bench-delay" / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    paths = data_of(function, network.startswith("three"))
+    paths = data_of(function, network)
     rate, momentum, warm_up = rates
-    words = [*paths, *NETWORKS.get(network, (network.split(),))[0], *words, "--delay", delay,
-             "--seed", seed, "--replay", 4, "--num-epochs", EPOCHS, "--learning-rate", rate,
-             "--momentum", momentum, "--warm-up", warm_up, *own]
+    words = [*paths, *NETWORKS[network][0], *words, "--delay", delay, "--seed", seed, "--replay", 4,
+             "--num-epochs", EPOCHS, "--learning-rate", rate, "--momentum", momentum,
+             "--warm-up", warm_up, *own]
     args = with_rates(in_process.make_parser().parse_args(list(map(str, words))))
     with np.errstate(all="ignore"):
         try:
@@ -135,27 +138,31 @@ def of_all_seeds(pool, cases):
     return results
 
 
+def tries_of(network, way, best):
+    """(rates, own options) to try: all rates first; then the best of them, and with it what is the
+    way's own, or further rates where nothing is."""
+    _, rates, more = NETWORKS[network]
+    own = WAYS[way][2]
+    if way == "zero":
+        return [((1, 0, 0), ())]
+    if best is None:
+        return [(each, ()) for each in rates]
+    return [best, *((best[0], each) for each in own or ()),
+            *((each, ()) for each in more if own is None)]
+
+
 def search(pool, network, ways):
     """{(way, delay): the rates and own options that came to the lowest MSE}."""
-    _, rates, more = NETWORKS[network]
-    cells = [(way, delay) for way in ways for delay in ((6, 50) if WAYS[way][1] else (None,))]
-
-    def cases_of(way, delay, best=None):
-        words, _, own = WAYS[way]
-        tries = [(each, ()) for each in (rates if best is None else more if own is None else ())]
-        tries += [(best[0], each) for each in own or ()] if best else []
-        function = "other" if best is None else "another"
-        tries += [best] if best else []
-        if way == "zero":
-            tries = [((1, 0, 0), ())]
-        return {each: (network, tuple(words), function, delay, each[0], SEARCH_SEED, each[1])
-                for each in tries}
-    best = {cell: None for cell in cells}
-    for _ in range(2):
-        tries = {cell: cases_of(*cell, best[cell]) for cell in cells}
-        found = run_all(pool, [case for each in tries.values() for case in each.values()])
-        best = {cell: min(each, key=lambda this: found[each[this]])  # noqa: B023
-                for cell, each in tries.items()}
+    best = {(way, delay): None for way in ways
+            for delay in ((6, 50) if WAYS[way][1] else (None,))}
+    for function in SEARCHED:
+        cases = {((way, delay), tried): (network, tuple(WAYS[way][0]), function, delay, tried[0],
+                                         SEARCH_SEED, tried[1])
+                 for (way, delay), before in best.items()
+                 for tried in tries_of(network, way, before)}
+        found = run_all(pool, cases.values())
+        # of each cell the lowest comes last
+        best = dict(sorted(cases, key=lambda one: -found[cases[one]]))  # noqa: B023
     return best
 
 
@@ -171,7 +178,7 @@ def best_of(best, way, delay):
 def persistence(function, network, delays):
     """The cosine of the true gradient at the cut, at held-out examples, with itself some updates
     later: for its mean over them, and for the rest. Plain SGD, from update 400 to 2,400."""
-    loaded = data.load(*data_of(function, network.startswith("three")))
+    loaded = data.load(*data_of(function, network))
     args = in_process.make_parser().parse_args(["", "", *map(str, NETWORKS[network][0])])
     layers = make_layers(args.layers, np.random.default_rng(SEARCH_SEED))
     below, above = layers[:args.cuts[0]], layers[args.cuts[0]:]
@@ -259,19 +266,18 @@ def delays(pool, args):
 
 
 def widths(pool, args):
-    """The narrow network, with other widths of its lower layer, at 6 and 50 updates; local losses
-    with each head."""
-    network = "one layer of 6"
-    best, cases, rows = search(pool, network, args.ways), {}, {}
-    for way, function, seed, width, late in itertools.product(
-            args.ways, args.functions, range(args.seeds), WIDTHS, (6, 50)):
-        delay = late if WAYS[way][1] else None
-        rates, own = best_of(best, way, delay)
-        for head in ((), *HEADS) if way == "local loss" else (own,):
-            name = f"local loss, head {head_of(head)}" if way == "local loss" else way
-            cases[f"{late} updates late", function, name, width, seed] = (
-                f"--layers 2 {width} 64 64 1", tuple(WAYS[way][0]), function, delay, rates, seed,
-                head)
+    """One layer of some width below 64-64-1, at 6 and 50 updates; local losses with each head."""
+    cases, rows = {}, {}
+    for width, network in NARROW.items():
+        best = search(pool, network, args.ways)
+        for way, function, seed, late in itertools.product(
+                args.ways, args.functions, range(args.seeds), (6, 50)):
+            delay = late if WAYS[way][1] else None
+            rates, own = best_of(best, way, delay)
+            for head in ((), *HEADS) if way == "local loss" else (own,):
+                name = f"local loss, head {head_of(head)}" if way == "local loss" else way
+                cases[f"{late} updates late", function, name, width, seed] = (
+                    network, tuple(WAYS[way][0]), function, delay, rates, seed, head)
     results = of_all_seeds(pool, cases)
     for (late, function, name, width, _), (_, _, _, delay, *_) in cases.items():
         rows.setdefault((function, name, tells(delay)), {})[width] = cell(
@@ -318,7 +324,7 @@ def main():
     add("--functions", nargs="+", default=list(FUNCTIONS), choices=FUNCTIONS)
     add("--delays", type=int, nargs="+", default=DELAYS)
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    add("--widths", action="store_true", help="vary the width of the lower part")
+    add("--widths", action="store_true", help="one layer of 3 to 48 below 64-64-1")
     add("--hindsight", action="store_true",
         help="give the opponents of guesses their best rates in each case")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (%(default)s)")

@@ -26,6 +26,7 @@ from tests.processes import DEADLINE, ROOT, Three, end, start, wait_until
 
 DATA = [ROOT / "x.npy", ROOT / "y.npy"]
 KEPT = ROOT / "benchmarks"
+LONGEST = 3600  # seconds of a run
 SEARCH_SEED = 11  # rates are chosen on it; it is not reported
 TARGETS = "what", "measured", "at most", ""
 
@@ -125,18 +126,18 @@ def busy(cores, same_session=False):
             other.wait()
 
 
-def run_sgd(folder, *options, seed=0, data=DATA, timeout=3600):
+def run_sgd(folder, *options, seed=0, data=DATA):
     """One run of sgd.py in `folder`."""
     process = start("sgd.py", *data, "--progress-dir", folder / "progress", "--seed", seed,
                     *options, log=folder / "sgd.log")
     try:
-        assert process.wait(timeout) == 0, (folder / "sgd.log").read_text()
+        assert process.wait(LONGEST) == 0, (folder / "sgd.log").read_text()
     finally:
         end(process)
 
 
 def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data=DATA, delay=0,
-              late=0, session=True, watch=None, timeout=3600):
+              late=0, session=True, watch=None):
     """One decoupled run in `folder`, rows every 2 s; it ends by itself or after `seconds` of
     training.
 
@@ -163,10 +164,10 @@ def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data
         three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
     with three:
         three.start(*[name for name in three.commands if asked or name != "oracle"])
-        follow(three, seconds, watch, timeout)
+        follow(three, seconds, watch)
 
 
-def follow(group, seconds=None, watch=None, timeout=3600):
+def follow(group, seconds=None, watch=None):
     """Until the run ends, by itself or after `seconds` of training. AssertionError if a process
     ends before.
 
@@ -189,7 +190,7 @@ def follow(group, seconds=None, watch=None, timeout=3600):
     def over():
         check_others()
         now = state()
-        if now.get("updates"):
+        if now.get("updates") and group.processes["input"].poll() is None:
             used.append((now["updates"], sum(
                 sum(psutil.Process(process.pid).cpu_times()[:2])
                 for process in group.processes.values() if process.poll() is None)))
@@ -200,7 +201,7 @@ def follow(group, seconds=None, watch=None, timeout=3600):
     began = time.monotonic()
     wait_until(begun, f"training to start ({group.folder})", 5 * DEADLINE)
     ready = time.monotonic() - began
-    wait_until(over, f"the run in {group.folder} to end", timeout, pause=0.5)
+    wait_until(over, f"the run in {group.folder} to end", LONGEST, pause=0.5)
     updates, seconds = np.subtract(used[-1], used[0]) if used else (0, 0)
     (group.folder / "timing.json").write_text(json.dumps({  # seconds until it began; milliseconds
         "ready": round(ready, 1), "cpu_ms": 1e3 * seconds / updates if updates else None}))
@@ -240,7 +241,7 @@ class Chain(Three):
 
 
 def run_chain(folder, parts, seed=0, epochs=8, data=DATA, oracle=(), output=(), middle=(),
-              input=(), watch=None, timeout=3600, **options):
+              input=(), **options):
     """One run of a chain of processes in `folder`, rows every 2 s. options: see Chain."""
     seeds = ["--seed", seed]
     chain = Chain(folder, parts, oracle=[*oracle, *seeds], output=[*output, *seeds],
@@ -248,7 +249,7 @@ def run_chain(folder, parts, seed=0, epochs=8, data=DATA, oracle=(), output=(), 
                   input=[*data, "--snapshot-seconds", 2, "--num-epochs", epochs, *input, *seeds])
     with chain:
         chain.start()
-        follow(chain, None, watch, timeout)
+        follow(chain)
 
 
 class Runs:
