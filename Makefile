@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EPOCHS ?= 8
 PARTS ?= 2-24 24-12 12-1
-BIN = $(VENV)/bin
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # "broken" if an upgrade has taken the environment's Python or its packages. It is made again.
 BROKEN := $(shell test ! -e $(VENV)/pyvenv.cfg || $(BIN)/python -c "" 2>/dev/null && { \
   test ! -e $(VENV)/ready || $(BIN)/python -c "import msgspec" 2>/dev/null; } || echo broken)

@@ -45,6 +45,8 @@ def digits(path):
         try:
             with np.load(path, allow_pickle=False) as file:
                 x, y, x_test, y_test = (file[name] for name in names)
+            if not x.shape[1:] == x_test.shape[1:] == (28, 28):
+                raise ValueError("the images are not of 28 by 28")
         except OSError:
             raise
         except Exception as error:  # a damaged header raises whatever Python's tokenizer raises

@@ -9,7 +9,6 @@
 The messages are those of synthgrad.py. examples/in_process.py carries them by plain calls instead.
 """
 import concurrent.futures
-import getpass
 import threading
 import time
 
@@ -177,7 +176,7 @@ class Above:
 def check_partner(status, kinds, width, k, name):
     """UserError unless the status is that of one of these kinds of processes, and fits a cut of
     `width` and y of `k`. UserError, too, if this process is above that one."""
-    ours = getpass.getuser() if "127.0.0.1" in name else status.user
+    ours = process.user() if "127.0.0.1" in name else status.user
     if status.process not in kinds:
         raise UserError(f"{name} is not one: the process there is an {status.process}. "
                         "--output-server names the part above, --oracle-server its oracle")

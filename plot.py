@@ -70,7 +70,7 @@ def draw_surface(figure, weights, row, _=None):
     score = runs.score_of(row)
     name = f"learned output, {CURVES[score][0]} {row[score]:.4f}\n{progress_of(row)}"
     for ax, values, title in zip(axes, (learned.reshape(GRID.shape[:2]), target(GRID)),
-                                 (name, "target"), strict=True):
+                                 (name, "target of generate.py"), strict=True):
         contours = ax.contourf(AXIS, AXIS, values, levels=LEVELS, cmap="cividis", extend="both")
         square(ax, title)
     figure.colorbar(contours, ax=axes, label="learned output, target", ticks=LEVELS[::5],

@@ -110,9 +110,8 @@ class Run:
 
     def save(self):
         bounded = self.link.bounded
-        self.part.numbers.update(
-            examples=self.examples, seconds=self.seconds, waits=bounded.waits,
-            waited=bounded.waited)
+        self.part.numbers.update(examples=self.examples, seconds=self.seconds,
+                                 waits=bounded.waits, waited=bounded.waited)
         if self.updates_above:
             self.part.numbers["above"] = min(self.updates_above)
         self.part.save()
@@ -120,8 +119,7 @@ class Run:
     def take(self):
         """Compose the network as it is now. Test it; write a checkpoint, a row and a snapshot."""
         began = time.perf_counter()
-        mine = self.part.weights()[0]
-        theirs, updates = self.above.weights()
+        (mine, _), (theirs, updates) = self.part.weights(), self.above.weights()
         if any(new < old for old, new in zip(self.updates_above or updates, updates, strict=True)):
             say(f"a part above went back from {self.updates_above} updates to {updates}: its "
                 "trainer was restarted. If that was without --resume, undo it: stop that trainer, "
@@ -147,13 +145,13 @@ class Run:
             say(f"no snapshot: {error}; training goes on")
 
     def compare_gradients(self, network):
-        """The mean over held-out examples of the cosine of g and ĝ as it is used; NaN if it is not.
-        Where x has two columns, also x, and g and ĝ of four units, for a picture of them."""
+        """The mean over held-out examples, of which h fits into a message, of the cosine of g and ĝ
+        as it is used; NaN if it is not. Where x has two columns, also what is drawn: x, and g and
+        ĝ of four units."""
         if not self.link.source.asks_oracle:
             return float("nan"), {}
         below, above = network[:len(self.part.layers)], network[len(self.part.layers):]
-        n = 2000 if self.data.x.shape[1] == 2 else 500
-        n = min(n, 2**22 // len(below[-1].b))  # so that h fits into a message
+        n = min(2000 if self.data.x.shape[1] == 2 else 500, 2**22 // len(below[-1].b))
         x, y = self.data.x_test[:n], self.data.y_test[:n]
         h = feed_forward(below, x)
         g = backprop(above, task_of(self.k).loss_gradient(feed_forward(above, h), y))

@@ -27,12 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plumbing import options  # noqa: E402
-from plumbing.launch import command_lines, ending, parse, start  # noqa: E402
+from plumbing.launch import STOP_SECONDS, command_lines, ending, parse, start  # noqa: E402
 from plumbing.live import Process  # noqa: E402
 
 ATTEMPTS = 5        # starts of a command that may fail, while an old process frees port and files
 FAILED = 1          # exit code after which another start would fail, too: diverged, or a bug
-STOP_SECONDS = 30   # for a last snapshot or checkpoint
 PLACE_SECONDS = 60  # between two lines about actors that Ray has not placed yet
 
 

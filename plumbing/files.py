@@ -43,12 +43,14 @@ def lock(folder):
     return file
 
 
-def free_name(path):
-    """`path` with .1 before its suffix, or with the next number that is free."""
+def put_aside(path):
+    """Rename a file or folder: .1 comes before its suffix, or the next number that is free. Returns
+    the new path."""
     n = 1
     while (free := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists():
         n += 1
-    return free
+    with file_errors():
+        return path.rename(free)
 
 
 def read_json(path):

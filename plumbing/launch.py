@@ -8,6 +8,7 @@ because its last snapshot needs the others. A second Ctrl-C stops all of them at
 What has not ended after 30 s is killed. All other options go to train_input.py.
 """
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -203,7 +204,9 @@ def run(commands, signals):
         return code if ended[-1] == "input" else 2
     finally:
         for process in started.values():
-            process.send_signal(STOP)
+            if process.poll() is None:
+                with contextlib.suppress(OSError):  # it may have ended just now
+                    process.send_signal(STOP)
         wait(started.values())
         for process in started.values():
             process.kill()

@@ -64,7 +64,7 @@ def sentence(statuses, run):
     trainer, absent = statuses["input trainer"], missing(statuses)
     if trainer is None:
         if run.get("ended"):
-            return f"training is {run['ended']}", True
+            return f"training is {run['ended']}", run["ended"] in ("finished", "stopped")
         return ("Nothing is trained: the input trainer does not answer. Start it, or see its "
                 "terminal.", False)
     state, total, examples = (trainer.get(name) for name in ("state", "total", "examples"))

@@ -1,5 +1,6 @@
 """What every process does that is not serving: it waits for others, reports, and stops."""
 import contextlib
+import getpass
 import os
 import random
 import signal
@@ -12,6 +13,14 @@ from plumbing.errors import NoAnswer
 
 START = random.getrandbits(52)  # of this process: tells it from others, and from one before a crash
 REPORT_SECONDS = 30      # between two lines about what has been trained
+
+
+def user():
+    """Who started this process; in a container that has no name for its user, a number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid())
 
 
 class Stopped(KeyboardInterrupt):
@@ -105,11 +114,12 @@ def run(main, parser):
         code = stop.exit_code
     except SystemExit as error:
         code = error.code
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            traceback.print_exception(error)
         code = 1
     trace.write()
-    with contextlib.suppress(OSError):  # the terminal may have gone
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

@@ -24,11 +24,12 @@ class Proxy:
                 near = self.socket.accept()[0]
                 try:
                     far = socket.create_connection(("127.0.0.1", self.target))
+                    for each in (near, far):
+                        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 except OSError:  # nobody there yet: as if this port did not answer either
                     near.close()
                     continue
                 for source, sink in ((near, far), (far, near)):
-                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     on_its_way = queue.SimpleQueue()
                     for work, end in ((self._take, source), (self._give, sink)):
                         threading.Thread(target=work, args=(end, on_its_way), daemon=True).start()

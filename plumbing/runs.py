@@ -11,13 +11,14 @@ import numpy as np
 
 from plumbing import say
 from plumbing.errors import Diverged, FileError, UserError, file_errors
-from plumbing.files import free_name, load, lock, read_json, whole_lines
+from plumbing.files import load, lock, put_aside, read_json, whole_lines
 
 
 @contextlib.contextmanager
 def replacing(path, durable=False):
     """A binary file that takes the place of `path` once it is whole; durable: and on the disk."""
     with file_errors():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.tmp", "wb") as file:
             yield file
             if durable:
@@ -53,8 +54,7 @@ class Progress:
             lock(self.folder).close()  # before the folder is renamed, which Windows asks for
             if not (resume and self.continues()):
                 what = "another kind of run" if resume else "an earlier run"
-                aside = self.folder.rename(free_name(self.folder))
-                say(f"{folder} held {what}: moved to {aside}")
+                say(f"{folder} held {what}: moved to {put_aside(self.folder)}")
         self.locked, self.metrics = lock(self.folder), self.folder / "metrics.csv"
         if resume:
             self.options["resumed"] = read_json(self.folder / "run.json").get("resumed", 0) + 1
@@ -99,6 +99,9 @@ class Progress:
         probe: arrays that the snapshot holds besides, by name: of held-out examples in two columns,
         x (n, 2), and for some units of the cut g and guess, (n, units).
         """
+        if self.pending and self.rows and self.rows[-1]["examples"] == row["examples"]:
+            self.count -= 1  # metrics.csv could not be written, and now the same row comes again
+            del self.rows[-1], self.pending[-1]
         arrays = {f"{name}{n}": array for n, pair in enumerate(weights, 1)
                   for name, array in zip("wb", pair, strict=True)}
         arrays.update({f"probe_{name}": array for name, array in (probe or {}).items()})
@@ -213,8 +216,6 @@ class Checkpoint:
 
     def save(self, layers, **numbers):
         """Diverged if the layers are not finite: then the last checkpoint is kept."""
-        with file_errors():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"{part}{n}": getattr(layer, part) for n, layer in enumerate(layers)
                   for part in self.PARTS}
         if not all(np.isfinite(array).all() for array in arrays.values()):
@@ -255,5 +256,5 @@ class Checkpoint:
     def put_aside(self):
         """Keeps an earlier run's checkpoint under another name, which no later run overwrites."""
         if self.path.exists():
-            aside = self.path.rename(free_name(self.path))
-            say(f"{self.path} is of an earlier run, and --resume was not given: moved to {aside}")
+            say(f"{self.path} is of an earlier run, and --resume was not given: moved to "
+                f"{put_aside(self.path)}")

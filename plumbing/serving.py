@@ -1,6 +1,5 @@
 """The HTTP server of a trainer or oracle: requests, token, errors as JSON."""
 import errno
-import getpass
 import hmac
 import logging
 import os
@@ -95,7 +94,7 @@ def make_app(kind, status, args):
 
     @app.get("/status")
     def get_status():
-        numbers = {"process": kind, "pid": os.getpid(), "user": getpass.getuser(),
+        numbers = {"process": kind, "pid": os.getpid(), "user": process.user(),
                    "starts": [process.START], **status()}
         return {name: value if value == value else None for name, value in numbers.items()}  # NaN
 
@@ -161,7 +160,7 @@ def serve(app, listener, args):
             super().parse_header(header)
             given = self.headers.get("HOST", ""), self.headers.get("AUTHORIZATION")
             if refusal(*given, names, args.token):
-                self.body_rcv, self.content_length = None, 0
+                self.body_rcv, self.content_length, self.expect_continue = None, 0, False
                 self.headers.pop("CONTENT_LENGTH", None)
                 self.headers["CONNECTION"] = "close"  # what follows is the body
 

@@ -170,8 +170,8 @@ class Three:
         self.folder, self.ports, self.session = Path(folder), free_ports(3), session
         self.progress = self.folder / "progress"
         a, b, c = self.ports
-        # where the output and the input trainer find them, if they are told to
-        self.to_oracle, self.to_output = Proxy(a), Proxy(b)
+        # where gradients and activations go, if a command says so
+        self.to_oracle, self.to_output = Proxy(c if gradients == "delayed" else a), Proxy(b)
         self.taught = gradients in ("synthetic", "shuffled")
         back = (f"127.0.0.1:{a}" if self.taught else f"127.0.0.1:{c}" if gradients == "delayed"
                 else "none")

@@ -274,6 +274,13 @@ def test_a_download_that_fails_is_one_line_with_its_cause_and_the_cure(
     assert str(error.value).endswith("download mnist.npz by hand, and give --digits FILE.npz")
 
 
+def test_a_file_of_other_images_is_one_line(tmp_path):
+    x, y = np.zeros((5, 8, 8), np.uint8), np.zeros(5, np.uint8)
+    np.savez(tmp_path / "eight.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(UserError, match="eight.npz: expected .* not of 28 by 28"):
+        digits(tmp_path / "eight.npz")
+
+
 def test_good_data_is_one_line_without_a_warning(tmp_path):
     line, = data.describe(load(tmp_path), sgd.task_of).splitlines()
     assert line.startswith("380 examples to train on, 20 held out")

@@ -467,7 +467,7 @@ def options(**changed):
 
 def status(**changed):
     return Status(**{"process": "output trainer", "layers": [3, 2, 1], "network": [3, 2, 1],
-                     "updates": 0, "starts": [7], "user": over_http.getpass.getuser(),
+                     "updates": 0, "starts": [7], "user": process.user(),
                      **changed})
 
 

@@ -114,6 +114,15 @@ def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch):
     assert "\r" not in log.getvalue()
 
 
+def test_nobody_reads_the_log_any_more_and_training_goes_on():
+    class Broken(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+    with bar.progress_bar(total=3, file=Broken(), mininterval=0) as shown:
+        shown.update(2)
+        shown.set_postfix_str("held-out")
+
+
 def test_a_terminal_gets_a_bar_that_moves(monkeypatch):
     monkeypatch.setattr(bar.sys.stderr, "isatty", lambda: True, raising=False)
     with bar.progress_bar(total=3, file=(terminal := io.StringIO()), mininterval=0) as shown:
@@ -325,6 +334,8 @@ def test_the_page_says_how_far_training_is():
     assert well and "synthetic gradients: 50% of 1,000 examples" in text
     assert said(input_trainer={**INPUT, "total": None, "examples": None})[1]
     assert said(input_trainer=None, run={"ended": "finished"}) == ("training is finished", True)
+    text, well = said(input_trainer=None, run={"ended": "stopped: it diverged"})
+    assert not well and "it diverged" in text
     text, well = said(input_trainer=None)
     assert not well and "input trainer does not answer" in text
 

@@ -226,18 +226,18 @@ def test_a_row_is_appended_and_nothing_is_rewritten(tmp_path, monkeypatch):
     assert [path.name[:8] for path in replaced] == ["snapshot"] * 3
 
 
-def test_a_row_that_the_disk_had_no_space_for_is_written_later(tmp_path, monkeypatch):
+def test_a_row_that_the_disk_had_no_space_for_is_written_later_and_once(tmp_path, monkeypatch):
     progress = runs.Progress(tmp_path, ["seconds", "examples"], {})
     before = progress.metrics.read_text()
     monkeypatch.setattr(runs.np, "savez", lambda *_, **__: None)  # the snapshots fit
     with full_disk(len(before) + 2):
-        for seconds in (1, 2):
+        for seconds in (1, 2, 2, 2):  # at its end a run tries again
             with pytest.raises(FileError):
-                progress.write([], seconds=seconds, examples=1000)
+                progress.write([], seconds=seconds, examples=1000 * seconds)
             assert runs.read_rows(tmp_path) == []
-    progress.write([], seconds=3, examples=1000)
-    assert progress.metrics.read_text() == before + "1,1000\n2,1000\n3,1000\n"
-    assert [row["seconds"] for row in progress.rows] == [1, 2, 3]
+    progress.write([], seconds=3, examples=3000)
+    assert progress.metrics.read_text() == before + "1,1000\n2,2000\n3,3000\n"
+    assert [row["seconds"] for row in progress.rows] == [1, 2, 3] and progress.count == 3
 
 
 def test_of_a_long_run_some_snapshots_are_kept_evenly_spread(tmp_path, monkeypatch):
@@ -278,6 +278,19 @@ def test_with_a_full_disk_nothing_is_torn_and_no_row_is_lost_when_there_is_space
     assert (tmp_path / "metrics.csv").read_text() == before + "3,3\n"
     for path in runs.snapshots(tmp_path):
         runs.read_snapshot(path)
+
+
+def test_what_cannot_be_moved_aside_is_one_clear_error(tmp_path, monkeypatch):
+    """Such as a folder that a Docker volume is mounted on."""
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+    runs.Progress(tmp_path / "run", ["seconds"], {}).locked.close()
+    checkpoint = runs.Checkpoint(tmp_path)
+    checkpoint.save([])
+    monkeypatch.setattr(type(tmp_path), "rename", busy)
+    for move in (lambda: runs.Progress(tmp_path / "run", ["seconds"], {}), checkpoint.put_aside):
+        with pytest.raises(FileError, match="resource busy"):
+            move()
 
 
 def test_how_a_run_ended_is_in_run_json(tmp_path):

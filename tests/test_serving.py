@@ -164,7 +164,9 @@ def test_what_is_not_a_request_is_answered_as_json_too(request_, status, serve):
     assert code == status and list(answer) == ["error"]
 
 
-@pytest.mark.parametrize("header", ["Content-Length: 30000000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("header", [
+    "Content-Length: 30000000", "Transfer-Encoding: chunked",
+    "Content-Length: 30000000\r\nExpect: 100-continue"])
 def test_the_body_of_a_request_that_is_refused_is_not_read(header, serve):
     port = serve(make_app(token="s3cret"), token="s3cret")
     for wrong in ("Authorization: Bearer wrong", "Host: evil.example"):
@@ -194,6 +196,14 @@ def test_a_good_request_is_answered_by_the_real_server(serve):
         answer = connection.getresponse()
         assert answer.status == 200 and b"shape" in answer.read()
     connection.close()
+
+
+def test_a_user_without_a_name_has_a_number(monkeypatch):
+    """As in `docker run --user 1234`."""
+    def nameless():
+        raise KeyError("getpwuid(): uid not found: 1234")
+    monkeypatch.setattr(process.getpass, "getuser", nameless)
+    assert process.user() == str(os.getuid())
 
 
 # ---- what bounds it ----

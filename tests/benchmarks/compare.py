@@ -75,8 +75,8 @@ def run(folder, gradients, oracle, epochs, seed, away=0, rates=(), deep=False, *
     for name, value in zip(("learning-rate", "momentum", "warm-up"),
                            DEEP_RATES[gradients] if deep else rates, strict=False):
         more += [f"--{name}", value]
-    run_three(folder, seed=seed, oracle=[*layers["oracle"], *oracle], output=layers["output"],
-              delay=away / 1000, late=away / 1000,
+    run_three(folder, seed=seed, away=away / 1000, oracle=[*layers["oracle"], *oracle],
+              output=layers["output"],
               input=["--gradients", gradients, *layers["input"], *more], **options)
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from exchange import SOURCES
 from plumbing.launch import command_lines, free_first_port, parse
 from plumbing.runs import read_json, read_metrics
 from tests.processes import DEADLINE, ROOT, Three, end, start, wait_until
@@ -136,34 +135,27 @@ def run_sgd(folder, *options, seed=0, data=DATA):
         end(process)
 
 
-def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data=DATA, delay=0,
-              late=0, session=True, watch=None):
+def run_three(folder, seconds=None, seed=0, oracle=(), output=(), input=(), data=DATA, away=0,
+              session=True, watch=None):
     """One decoupled run in `folder`, rows every 2 s; it ends by itself or after `seconds` of
     training.
 
-    delay: seconds that the output trainer's answers to the input trainer are late.
-    late: seconds that the answers to the output trainer's gradients are late. It sends the next
-    ones only then. session: each process has one of its own. watch: see follow().
-    No oracle runs where --gradients asks none; delayed ones go to the input trainer.
+    away: seconds by which the output trainer is away from the two others: an answer of it is late,
+    and one to it, so that it sends its next gradients only then. session: each process has one of
+    its own. watch: see follow(). No oracle runs where --gradients asks none.
     """
     kind = input[input.index("--gradients") + 1] if "--gradients" in input else "synthetic"
-    asked = SOURCES[kind].asks_oracle
     seeds, endless = ["--seed", seed], ["--num-epochs", 10**6] if seconds else []
     three = Three(folder, [*oracle, *seeds], [*output, *seeds],
-                  [*data, "--snapshot-seconds", 2, *endless, *input, *seeds], session=session)
-    gradients_to = three.port("oracle")
-    if kind == "delayed":
-        gradients_to = three.port("input")
-        three.to_oracle.target = gradients_to
-    if late:
-        three.to_oracle.delay, gradients_to = late, three.to_oracle.port
-    three.commands["output"] += ["--oracle-server", f"127.0.0.1:{gradients_to}"
-                                 if asked or kind == "delayed" else "none"]
-    if delay:
-        three.to_output.delay = delay
+                  [*data, "--snapshot-seconds", 2, *endless, *input, *seeds], session=session,
+                  gradients=kind)
+    if away:
+        three.to_oracle.delay = three.to_output.delay = away
         three.commands["input"] += ["--output-server", f"127.0.0.1:{three.to_output.port}"]
+        if "none" not in three.commands["output"]:
+            three.commands["output"] += ["--oracle-server", f"127.0.0.1:{three.to_oracle.port}"]
     with three:
-        three.start(*[name for name in three.commands if asked or name != "oracle"])
+        three.start()
         follow(three, seconds, watch)
 
 
