@@ -16,6 +16,7 @@ from exchange import SOURCES
 from links import check_oracle, minibatches_of
 from plumbing import process, serving
 from plumbing.errors import NoAnswer, Refused, UserError
+from plumbing.part import UNDO
 from plumbing.posting import THROWN, Outbox, Poster
 from plumbing.wire import encode
 from synthgrad import Examples, Gradients, OracleClient, PartClient, encode_weights
@@ -169,7 +170,7 @@ class Above:
         before, now = part.numbers.get("above", 0), self.partners[self.name].updates
         if before and not now:
             raise UserError(f"{self.name} is as drawn, but had made {before} updates when this "
-                            "part's checkpoint was written: start it with --resume, too")
+                            f"part's checkpoint was written: {UNDO}")
         part.numbers["above"] = now
 
 

@@ -25,7 +25,7 @@ from links import LowerEnd
 from plumbing import process
 from plumbing.bar import progress_bar
 from plumbing.errors import FileError, NoAnswer, Refused
-from plumbing.part import Part
+from plumbing.part import UNDO, Part
 from plumbing.report import machine
 from sgd import (HIDDEN, backprop, feed_forward, layers_from_weights, make_layers, minibatches,
                  schedule, task_of, test_score)
@@ -122,9 +122,7 @@ class Run:
         (mine, _), (theirs, updates) = self.part.weights(), self.above.weights()
         if any(new < old for old, new in zip(self.updates_above or updates, updates, strict=True)):
             say(f"a part above went back from {self.updates_above} updates to {updates}: its "
-                "trainer was restarted. If that was without --resume, undo it: stop that trainer, "
-                "rename the newest checkpoint.N.npz in its --progress-dir to checkpoint.npz, and "
-                "start it with --resume")
+                f"trainer was restarted. If that was without --resume, undo it: {UNDO}")
         self.updates_above = updates
         self.save()
         network = layers_from_weights(mine + theirs)
@@ -145,9 +143,9 @@ class Run:
             say(f"no snapshot: {error}; training goes on")
 
     def compare_gradients(self, network):
-        """The mean over held-out examples, of which h fits into a message, of the cosine of g and ĝ
-        as it is used; NaN if it is not. Where x has two columns, also what is drawn: x, and g and
-        ĝ of four units."""
+        """The mean cosine of g and ĝ, not yet centered, over as many held-out examples as fit into
+        a message; NaN where no oracle is asked. Where x has two columns, also what is drawn: x, and
+        g and ĝ of four units."""
         if not self.link.source.asks_oracle:
             return float("nan"), {}
         below, above = network[:len(self.part.layers)], network[len(self.part.layers):]

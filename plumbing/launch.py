@@ -1,7 +1,9 @@
 """Starts the commands that people type in several terminals, each in a session of its own.
 
-    python -m plumbing.launch x.npy y.npy --num-epochs 16          # `make run`
-    python -m plumbing.launch x.npy y.npy --parts 2-24 24-12 12-1  # `make chain`
+    python -m plumbing.launch x.npy y.npy --num-epochs 8
+    python -m plumbing.launch x.npy y.npy --num-epochs 8 --parts 2-24 24-12 12-1
+
+The first line is `make run`, the second one `make chain`.
 
 The run ends when any process but the live page ends. Ctrl-C stops the input trainer first,
 because its last snapshot needs the others. A second Ctrl-C stops all of them at the same time.
@@ -54,7 +56,8 @@ def parse(argv):
     parser.prog, add = "plumbing.launch", parser.add_argument
     add("--gradients", default="synthetic", help="of all parts but the highest (%(default)s)")
     for name in ("--batch-size", *LOWER):
-        add(name, nargs="*", help="of these, too" if name in LOWER else "of all parts")
+        add(name, nargs="*",
+            help="of all parts" + " but the highest" * (name in LOWER))
     add("--parts", type=widths, nargs="+", default=[[2, 24], [24, 12, 1]], metavar="WIDTHS",
         help="the widths of each part, the lowest first (2-24 24-12-1)")
     add("--condition-on-labels", type=options.number(int, 0), nargs="?", const=-1, metavar="K",

@@ -37,8 +37,8 @@ SHARED = {
     "seed": dict(type=number(int, 0), help="random seed (%(default)s)"),
     "keep": dict(type=number(int, 1), help="newest examples to train on (%(default)s)"),
     "replay": dict(type=number(float, 0), help="training draws per new example (%(default)s)"),
-    "staleness": dict(type=number(int, 1), help="minibatches that what is known above may be "
-                                                "late; then this part waits (%(default)s)"),
+    "staleness": dict(type=number(int, 1), help="updates that news from above may be old; then "
+                                                "this part waits (%(default)s)"),
     "patience": dict(type=number(float, 0), help="seconds to wait for a process (%(default)s)"),
     "oracle_server": dict(help="where the oracle is (%(default)s)"),
     "output_server": dict(help="where the part above is (%(default)s)"),

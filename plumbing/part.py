@@ -8,6 +8,11 @@ from plumbing import runs, say, trace
 from plumbing.errors import Diverged, FileError
 
 
+# of a start without --resume, which has put the checkpoint aside
+UNDO = ("stop that trainer, rename the newest checkpoint.N.npz in its --progress-dir to "
+        "checkpoint.npz, and start it with --resume")
+
+
 class Part:
     """Layers, how many minibatches they were trained on, and what a checkpoint holds of them.
 

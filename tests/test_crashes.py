@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from plumbing.part import UNDO
 from plumbing.runs import Checkpoint, snapshots
 from sgd import make_layers
 from tests.processes import Three, end, start, wait_until
@@ -123,7 +124,7 @@ def test_a_resumed_run_on_an_output_trainer_as_drawn_is_refused_in_one_line(tmp_
         log = tmp_path / "again"
         assert start(*three.commands["input"], "--resume", log=log).wait(60) == 2
         line = log.read_text().splitlines()[-1]
-        assert "is as drawn, but had made" in line and line.endswith("with --resume, too")
+        assert "is as drawn, but had made" in line and line.endswith(f"written: {UNDO}")
 
 
 def test_a_new_run_on_used_partners_is_refused_and_says_what_to_restart(tmp_path, small_data):
