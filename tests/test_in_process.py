@@ -344,10 +344,10 @@ def test_a_probe_holds_the_true_gradient_and_the_guess_each_in_its_place(used, l
     for name, expected in (("x", x), ("g", g[:, :4]), ("guess", -h[:, :4])):
         np.testing.assert_array_equal(probe[name], expected)
     run.above.guess = lambda h, y: (asked.append(h.shape) or -h, None)
-    asked, wide = [], make_layers([2, 2**13, 1], np.random.default_rng(0))
+    asked, wide = [], make_layers([2, 2**15, 1], np.random.default_rng(0))
     run.part.layers = wide[:1]
     train_input.Run.compare_gradients(run, wide)
-    assert asked == [(2**22 // 2**13, 2**13)], "more would not fit into a message"
+    assert asked == [(2**22 // 2**15, 2**15)], "more would not fit into a message"
     lengths = np.linalg.norm(g, axis=1) * np.linalg.norm(used(h), axis=1)
     assert cosine == pytest.approx(np.mean((g * used(-h)).sum(axis=1) / lengths), rel=1e-4)
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples import in_process
-from exchange import SOURCES, centered
+from exchange import centered
 from plumbing import data
 from sgd import backprop, feed_forward, task_of
 from tests.benchmarks.measure import (
@@ -41,36 +41,34 @@ from tests.benchmarks.measure import (
 from train_input import mean_cosine, with_rates
 
 
-TRUE, GUESSES = (tuple(SOURCES[kind].rates[name] for name in ("learning_rate", "momentum"))
-                 for kind in ("true", "synthetic"))
-
-
 class Problem(NamedTuple):
     dims: list      # of the whole network
     updates: int    # of the lowest part, with minibatches of 100
     hidden: list    # layers of a deep oracle
-    warm_up: int    # updates, of all parts but the highest
-    decay: float    # updates, of those parts
+    decay: float    # updates, of all parts but the highest
     output: float   # learning rate of the highest part
-    grid: tuple     # rate and momentum of all parts but the highest
+    grid: tuple     # rate, momentum and warm-up of all parts but the highest
     best: dict      # of the grid, for a kind of gradients, linear oracles, and all else
 
 
 def digits(depth):
-    return Problem([784, *[256] * depth, 10], 2000, [128], 300, 1e9, 0.02,
-                   ((0.1, 0.0), (0.3, 0.0), (1.0, 0.0)),
-                   {"true": (1.0, 0.0), "delayed": (1.0, 0.0), "local": (1.0, 0.0),
-                    "linear": (0.1, 0.0), "other": (0.3, 0.0)})
+    true = 1.0, 0.0, 0
+    return Problem([784, *[256] * depth, 10], 2000, [128], 1e9, 0.02,
+                   ((0.1, 0.0, 300), (0.3, 0.0, 300), true),
+                   {"true": true, "delayed": true, "local": true, "linear": (0.1, 0.0, 300),
+                    "other": (0.3, 0.0, 300)})
 
 
 PROBLEMS = {
-    "default": Problem([2, 24, 12, 1], 15_200, [64, 64], 1000, 5000, 0.1,
-                       (TRUE, (3.0, 0.0), (12.0, 0.0), GUESSES),
-                       {"true": TRUE, "delayed": TRUE, "linear": (3.0, 0.0), "other": GUESSES}),
-    "noise": Problem([10, 64, 64, 64, 1], 13_300, [64, 64], 300, 20_000, 0.02,
-                     ((0.2, 0.9), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0)),
-                     {"true": (0.2, 0.9), "local": (0.2, 0.9), "linear": (1.0, 0.0),
-                      "other": (2.0, 0.0)}),
+    "default": Problem([2, 24, 12, 1], 15_200, [64, 64], 5000, 0.1,
+                       ((2.7, 0.9, 0), (8, 0.9, 1000), (20, 0.9, 1000), (60, 0, 1000)),
+                       {"true": (20, 0.9, 1000), "delayed": (2.7, 0.9, 0),
+                        "local": (8, 0.9, 1000), "linear": (3, 0, 1000),
+                        "other": (60, 0, 1000)}),
+    "noise": Problem([10, 64, 64, 64, 1], 13_300, [64, 64], 20_000, 0.02,
+                     ((0.6, 0.9, 0), (1.5, 0.9, 1000), (3, 0.9, 1000), (6, 0, 1000)),
+                     {"true": (3, 0.9, 1000), "delayed": (3, 0.9, 1000), "local": (3, 0.9, 1000),
+                      "linear": (1, 0, 300), "other": (1.5, 0.9, 1000)}),
     **{f"digits, {depth} hidden": digits(depth) for depth in (2, 3, 4)}}
 WAYS = {  # name: --gradients, whether the oracles are deep, whether they see y
     "true": ("true", True, False),
@@ -91,8 +89,8 @@ def best_rates(problem, way):
 def learn(folder, problem, way, rates, loaded, paths, epochs, seed):
     """One run of the chain, in processes."""
     (kind, deep, labels), dims = WAYS[way], problem.dims
-    below = ["--learning-rate", rates[0], "--momentum", rates[1], "--decay", problem.decay,
-             "--warm-up", problem.warm_up if kind == "synthetic" else 0]
+    below = ["--learning-rate", rates[0], "--momentum", rates[1], "--warm-up", rates[2],
+             "--decay", problem.decay]
     run_chain(folder, [dims[:2], dims[1:]] if "once" in way else list(pairwise(dims)), seed, epochs,
               paths, gradients=kind, labels=loaded.y.shape[1] if labels else 0,
               oracle_layers=problem.hidden if deep else [], middle=below,
@@ -109,8 +107,8 @@ def cosines(kept, problem, way, rates, loaded, paths, epochs):
     _, deep, labels = WAYS[way]
     cuts = range(1, len(problem.dims) - 1)
     words = [*paths, "--layers", *problem.dims, "--cuts", *cuts, "--num-epochs", epochs,
-             "--learning-rate", rates[0], "--momentum", rates[1], "--decay", problem.decay,
-             "--warm-up", problem.warm_up, "--output-rate", problem.output,
+             "--learning-rate", rates[0], "--momentum", rates[1], "--warm-up", rates[2],
+             "--decay", problem.decay, "--output-rate", problem.output,
              "--oracle-layers", *(problem.hidden if deep else []),
              *["--condition-on-labels"] * labels]
     args = with_rates(in_process.make_parser().parse_args(list(map(str, words))))
@@ -203,7 +201,7 @@ def main():
 
 def search(cases, inputs):
     runs = Runs("bench-chain-search", sum(len(PROBLEMS[name].grid) for name, _ in cases))
-    table("bench-chain-search", ("network", "gradients", "rate, momentum: what they reach"), [
+    table("bench-chain-search", ("network", "gradients", "rate, momentum, warm-up: reached"), [
         (name, way, "; ".join(f"{rates}: " + format(runs.score(
             f"{name} {way} {rates} {inputs[name][-1]}", SEARCH_SEED, learn, PROBLEMS[name], way,
             rates, *inputs[name]), ".4f") for rates in PROBLEMS[name].grid))

@@ -61,8 +61,8 @@ GRID = ((1.6, 0.9), (2.7, 0.9), (4.0, 0.9), (12.0, 0.0), (20.0, 0.0), (30.0, 0.0
 MINUTE = 60
 DEEP = {"oracle": ["--layers", 64, 64, 64, 64, "--learning-rate", 0.002],
         "output": ["--layers", 64, 64, 1], "input": ["--layers", 10, 64, 64, 64]}
-DEEP_RATES = {"true": (1.5, 0.9, 0), "delayed": (0.6, 0.9, 0), "local": (0.6, 0.9, 1000),
-              "synthetic": (0.6, 0.9, 0), "shuffled": (0.6, 0.9, 0), "zero": (1.0, 0.0, 0)}
+DEEP_RATES = {"true": (6.0, 0.9, 1000), "delayed": (0.6, 0.9, 0), "local": (3.0, 0.9, 1000),
+              "synthetic": (3.0, 0.9, 1000), "shuffled": (3.0, 0.9, 1000), "zero": (1.0, 0.0, 0)}
 NO_GOAL = "zero", "shuffled"  # ways that need not reach what the others reach
 
 
