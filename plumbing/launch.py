@@ -56,8 +56,7 @@ def parse(argv):
     parser.prog, add = "plumbing.launch", parser.add_argument
     add("--gradients", default="synthetic", help="of all parts but the highest (%(default)s)")
     for name in ("--batch-size", *LOWER):
-        add(name, nargs="*",
-            help="of all parts" + " but the highest" * (name in LOWER))
+        add(name, nargs="*", help="of all parts" + " but the highest" * (name in LOWER))
     add("--parts", type=widths, nargs="+", default=[[2, 24], [24, 12, 1]], metavar="WIDTHS",
         help="the widths of each part, the lowest first (2-24 24-12-1)")
     add("--condition-on-labels", type=options.number(int, 0), nargs="?", const=-1, metavar="K",

@@ -467,8 +467,7 @@ def options(**changed):
 
 def status(**changed):
     return Status(**{"process": "output trainer", "layers": [3, 2, 1], "network": [3, 2, 1],
-                     "updates": 0, "starts": [7], "user": process.user(),
-                     **changed})
+                     "updates": 0, "starts": [7], "user": process.user(), **changed})
 
 
 def oracle_status(**changed):
