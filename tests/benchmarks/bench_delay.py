@@ -59,8 +59,8 @@ WIDTHS = 3, 6, 12, 24, 48
 PERSISTENCE = 1, 3, 6, 20, 50
 SEARCHED = {"other": other_target, "another": another_target}  # for rates; for a way's own
 # learning rate, momentum, warm-up
-SHALLOW_RATES = (((1, 0.9, 0), (2.7, 0.9, 0), (2.7, 0.9, 1000), (30, 0, 1000)),
-                 ((0.3, 0.9, 0), (5, 0.9, 0)))
+SHALLOW_RATES = (((1, 0.9, 0), (2.7, 0.9, 0), (2.7, 0.9, 1000), (20, 0.9, 1000), (30, 0, 1000),
+                  (60, 0, 1000)), ((0.3, 0.9, 0), (5, 0.9, 0)))
 DEEP_RATES = (((0.2, 0.9, 0), (0.6, 0.9, 0), (1.5, 0.9, 1000), (3, 0.9, 1000)),
               ((0.07, 0.9, 0), (6, 0.9, 1000)))
 NARROW = {width: f"{width} below 64-64-1" for width in WIDTHS}
