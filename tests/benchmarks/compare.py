@@ -2,9 +2,9 @@
 
 True gradients at once and delayed, zero gradients, and guesses by three oracles, with labels and
 without; also guesses that are shuffled among a minibatch's examples. The same number of examples
-each. Rates are those that `--search` found, on another target and seeds that are not reported: the
-defaults of each way. `--deep` has three layers of 64 below the cut, eight inputs of noise, and the
-rates that bench-delay found at 6 updates. Writes benchmarks/compare.md and compare.png.
+each. The rates are each way's defaults, or with `--searched` those that bench-delay found. `--deep`
+has three layers of 64 below the cut, eight inputs of noise, and searched rates. Writes
+benchmarks/compare.md and compare.png.
 
 "Until" columns: when the MSE was at most as high in two rows running as the worst run ended, zero
 and shuffled gradients left out. "Still falls": the lowest row of the last third over that of the
@@ -23,13 +23,11 @@ from plot import draw_curves, png
 from tests.benchmarks.measure import (
     FUNCTIONS,
     KEPT,
-    SEARCH_SEED,
     Runs,
     cell,
     final,
     make_parser,
     noisy_data,
-    other_target,
     run_sgd,
     run_three,
     still_falls,
@@ -57,40 +55,29 @@ WAYS = {  # name: --gradients, options of the oracle; the default one is the cap
 SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9,
                                           "--learning-rate", 0.8, "--decay", 1e12],
           "sgd.py, one example at a time": []}
-GRID = ((1.6, 0.9), (2.7, 0.9), (4.0, 0.9), (12.0, 0.0), (20.0, 0.0), (30.0, 0.0), (50.0, 0.0))
 MINUTE = 60
-DEEP = {"oracle": ["--layers", 64, 64, 64, 64, "--learning-rate", 0.002],
-        "output": ["--layers", 64, 64, 1], "input": ["--layers", 10, 64, 64, 64]}
-DEEP_RATES = {"true": (6.0, 0.9, 1000), "delayed": (0.6, 0.9, 0), "local": (3.0, 0.9, 1000),
-              "synthetic": (3.0, 0.9, 1000), "shuffled": (3.0, 0.9, 1000), "zero": (1.0, 0.0, 0)}
+DEEP = {"oracle": ["--layers", 64, 64, 64, 64], "output": ["--layers", 64, 64, 1],
+        "input": ["--layers", 10, 64, 64, 64]}
+# what bench-delay found at 20 updates: layer 1's rate, momentum and warm-up, the oracle's rate
+SEARCHED = {"true": (20, 0.9, 1000), "true, delayed": (5, 0.9, 0), "local loss": (20, 0.9, 1000),
+            "guesses with labels, capable oracle": (20, 0.9, 1000, 0.002)}
+DEEP_SEARCHED = {"true": (6, 0.9, 1000), "true, delayed": (0.6, 0.9, 0), "zero": (1, 0, 0),
+                 "local loss": (3, 0.9, 1000),
+                 **{name: (3, 0.9, 1000, 0.002) for name in WAYS if "guesses" in name}}
 NO_GOAL = "zero", "shuffled"  # ways that need not reach what the others reach
 
 
 def run(folder, gradients, oracle, epochs, seed, away=0, rates=(), deep=False, **options):
     """epochs: None where the run ends after so many seconds. away: milliseconds between the output
-    trainer and the two others, there and back. rates: of layer 1, its momentum and warm-up, if not
-    the defaults."""
+    trainer and the two others, there and back. rates: of layer 1, its momentum and warm-up, and the
+    oracle's rate, if not the defaults."""
     more = ["--num-epochs", epochs] if epochs else []
     layers = DEEP if deep else dict.fromkeys(DEEP, [])
-    for name, value in zip(("learning-rate", "momentum", "warm-up"),
-                           DEEP_RATES[gradients] if deep else rates, strict=False):
+    for name, value in zip(("learning-rate", "momentum", "warm-up"), rates, strict=False):
         more += [f"--{name}", value]
-    run_three(folder, seed=seed, away=away / 1000, oracle=[*layers["oracle"], *oracle],
-              output=layers["output"],
+    oracle = [*layers["oracle"], *oracle, *[f"--learning-rate={rate}" for rate in rates[3:]]]
+    run_three(folder, seed=seed, away=away / 1000, oracle=oracle, output=layers["output"],
               input=["--gradients", gradients, *layers["input"], *more], **options)
-
-
-def search(epochs, seeds):
-    """What the same rates give for true gradients and for guesses, on another target."""
-    data, reached = other_target(KEPT / "other"), {}
-    runs = Runs("compare-search", 3 * len(GRID) * seeds)
-    for seed, gradients, rates in product(range(seeds), ("true", "local", "synthetic"), GRID):
-        reached.setdefault((gradients, *rates), []).append(runs.score(
-            f"{gradients} {rates} {epochs}", SEARCH_SEED + seed, run, gradients, [], epochs,
-            rates=rates, data=data))
-    table("compare-search", ("gradients", "rate of layer 1", "momentum",
-                             f"MSE on another target after {epochs} epochs"),
-          [(*rates, cell(values)) for rates, values in reached.items()])
 
 
 def mean_cosine(metrics):
@@ -107,10 +94,10 @@ def main():
     parser.add_argument("--away", type=int, default=0, metavar="MS",
                         help="milliseconds to the output trainer and back (%(default)s)")
     parser.add_argument("--deep", action="store_true", help="three layers below the cut")
-    parser.add_argument("--search", action="store_true", help="print what the rates give, instead")
+    parser.add_argument("--searched", action="store_true",
+                        help="rates that bench-delay found at 20 updates, in place of the defaults")
     args = parser.parse_args()
-    if args.search:
-        return search(args.epochs, args.seeds)
+    rates = DEEP_SEARCHED if args.deep else SEARCHED if args.searched else {}
     data, epochs = FUNCTIONS[args.target](KEPT / args.target), args.epochs
     if args.deep:
         data = noisy_data(KEPT / args.target / "noisy", paths=data)
@@ -120,6 +107,7 @@ def main():
         epochs = None
     what = f"{epochs} epochs" if epochs else f"{args.seconds} s"
     what += f", {args.away} ms away" * bool(args.away) + ", deep" * args.deep
+    what += ", searched" * args.searched
     runs, results = Runs("compare", len(args.ways) * args.seeds), {}
     for seed, name in product(range(args.seeds), args.ways):
         get = partial(runs.get, f"{args.target} {name} {what}", seed)
@@ -128,7 +116,7 @@ def main():
         else:
             gradients, oracle = WAYS[name]
             metrics = get(run, gradients, oracle, epochs, away=args.away, data=data,
-                          seconds=args.seconds, deep=args.deep)
+                          seconds=args.seconds, deep=args.deep, rates=rates.get(name, ()))
         results.setdefault(name, []).append(metrics)
     rows = []
     goal = max((final(run) for name, each in results.items() for run in each
