@@ -48,7 +48,7 @@ class Problem(NamedTuple):
     decay: float    # updates, of all parts but the highest
     output: float   # learning rate of the highest part
     grid: tuple     # rate, momentum and warm-up of all parts but the highest
-    best: dict      # of the grid, for a kind of gradients, linear oracles, and all else
+    best: dict      # of the grid, for a way or kind of gradients, linear oracles, and all else
 
 
 def digits(depth):
@@ -61,14 +61,17 @@ def digits(depth):
 
 PROBLEMS = {
     "default": Problem([2, 24, 12, 1], 15_200, [64, 64], 5000, 0.1,
-                       ((2.7, 0.9, 0), (8, 0.9, 1000), (20, 0.9, 1000), (60, 0, 1000)),
-                       {"true": (20, 0.9, 1000), "delayed": (2.7, 0.9, 0),
+                       ((2.7, 0.9, 0), (8, 0.9, 1000), (20, 0.9, 1000), (30, 0, 1000),
+                        (240, 0, 1000)),
+                       {"true": (20, 0.9, 1000), "delayed": (30, 0, 1000),
                         "local": (8, 0.9, 1000), "linear": (3, 0, 1000),
-                        "other": (60, 0, 1000)}),
+                        "guesses, labels": (240, 0, 1000), "other": (30, 0, 1000)}),
     "noise": Problem([10, 64, 64, 64, 1], 13_300, [64, 64], 20_000, 0.02,
-                     ((0.6, 0.9, 0), (1.5, 0.9, 1000), (3, 0.9, 1000), (6, 0, 1000)),
-                     {"true": (3, 0.9, 1000), "delayed": (3, 0.9, 1000), "local": (3, 0.9, 1000),
-                      "linear": (1, 0, 300), "other": (1.5, 0.9, 1000)}),
+                     ((1.5, 0.9, 1000), (3, 0.9, 1000), (6, 0, 1000), (20, 0, 1000),
+                      (60, 0, 1000)),
+                     {"true": (3, 0.9, 1000), "delayed": (20, 0, 1000), "local": (60, 0, 1000),
+                      "linear": (1, 0, 300), "guesses, labels": (60, 0, 1000),
+                      "other": (6, 0, 1000)}),
     **{f"digits, {depth} hidden": digits(depth) for depth in (2, 3, 4)}}
 WAYS = {  # name: --gradients, whether the oracles are deep, whether they see y
     "true": ("true", True, False),
@@ -83,7 +86,8 @@ WAYS = {  # name: --gradients, whether the oracles are deep, whether they see y
 
 
 def best_rates(problem, way):
-    return problem.best.get("linear" if "linear" in way else WAYS[way][0], problem.best["other"])
+    kind = "linear" if "linear" in way else WAYS[way][0]
+    return problem.best.get(way) or problem.best.get(kind, problem.best["other"])
 
 
 def learn(folder, problem, way, rates, loaded, paths, epochs, seed):

@@ -61,8 +61,8 @@ SEARCHED = {"other": other_target, "another": another_target}  # for rates; for 
 # learning rate, momentum, warm-up
 SHALLOW_RATES = (((1, 0.9, 0), (2.7, 0.9, 0), (2.7, 0.9, 1000), (20, 0.9, 1000), (30, 0, 1000),
                   (60, 0, 1000)), ((0.3, 0.9, 0), (5, 0.9, 0)))
-DEEP_RATES = (((0.2, 0.9, 0), (0.6, 0.9, 0), (1.5, 0.9, 1000), (3, 0.9, 1000)),
-              ((0.07, 0.9, 0), (6, 0.9, 1000)))
+DEEP_RATES = (((0.2, 0.9, 0), (0.6, 0.9, 0), (1.5, 0.9, 1000), (3, 0.9, 1000), (20, 0, 1000),
+               (60, 0, 1000)), ((0.07, 0.9, 0), (6, 0.9, 1000)))
 NARROW = {width: f"{width} below 64-64-1" for width in WIDTHS}
 NETWORKS = {  # name: options, rates to try, where nothing is a way's own two more
     "one layer of 24": (["--layers", 2, 24, 12, 1], *SHALLOW_RATES),
