@@ -61,6 +61,7 @@ DEEP = {"oracle": ["--layers", 64, 64, 64, 64], "output": ["--layers", 64, 64, 1
 # what bench-delay found at 20 updates: layer 1's rate, momentum and warm-up, the oracle's rate
 SEARCHED = {"true": (20, 0.9, 1000), "true, delayed": (5, 0.9, 0), "local loss": (20, 0.9, 1000),
             "guesses with labels, capable oracle": (20, 0.9, 1000, 0.002)}
+# bench-delay has since found that 60 without momentum is better for local losses and guesses
 DEEP_SEARCHED = {"true": (6, 0.9, 1000), "true, delayed": (0.6, 0.9, 0), "zero": (1, 0, 0),
                  "local loss": (3, 0.9, 1000),
                  **{name: (3, 0.9, 1000, 0.002) for name in WAYS if "guesses" in name}}
