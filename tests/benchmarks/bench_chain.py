@@ -52,11 +52,10 @@ class Problem(NamedTuple):
 
 
 def digits(depth):
-    true = 1.0, 0.0, 0
+    best = 3.0, 0.0, 300
     return Problem([784, *[256] * depth, 10], 2000, [128], 1e9, 0.02,
-                   ((0.1, 0.0, 300), (0.3, 0.0, 300), true),
-                   {"true": true, "delayed": true, "local": true, "linear": (0.1, 0.0, 300),
-                    "other": (0.3, 0.0, 300)})
+                   ((0.3, 0.0, 300), (1.0, 0.0, 300), best),
+                   {"linear": (0.1, 0.0, 300), "guesses": (0.3, 0.0, 300), "other": best})
 
 
 PROBLEMS = {
