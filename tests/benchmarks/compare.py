@@ -58,10 +58,10 @@ SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9
 MINUTE = 60
 DEEP = {"oracle": ["--layers", 64, 64, 64, 64], "output": ["--layers", 64, 64, 1],
         "input": ["--layers", 10, 64, 64, 64]}
-# what bench-delay found at 20 updates: layer 1's rate, momentum and warm-up, the oracle's rate
+# layer 1's rate, momentum and warm-up, the oracle's rate: what bench-delay found at 20 updates
 SEARCHED = {"true": (20, 0.9, 1000), "true, delayed": (5, 0.9, 0), "local loss": (20, 0.9, 1000),
             "guesses with labels, capable oracle": (20, 0.9, 1000, 0.002)}
-# bench-delay has since found that 60 without momentum is better for local losses and guesses
+# found before 60 without momentum was tried, which is better for local losses and guesses
 DEEP_SEARCHED = {"true": (6, 0.9, 1000), "true, delayed": (0.6, 0.9, 0), "zero": (1, 0, 0),
                  "local loss": (3, 0.9, 1000),
                  **{name: (3, 0.9, 1000, 0.002) for name in WAYS if "guesses" in name}}
@@ -94,7 +94,8 @@ def main():
     parser.add_argument("--seconds", type=int, help="of training, in place of --epochs")
     parser.add_argument("--away", type=int, default=0, metavar="MS",
                         help="milliseconds to the output trainer and back (%(default)s)")
-    parser.add_argument("--deep", action="store_true", help="three layers below the cut")
+    parser.add_argument("--deep", action="store_true",
+                        help="three layers below the cut, at searched rates")
     parser.add_argument("--searched", action="store_true",
                         help="rates that bench-delay found at 20 updates, in place of the defaults")
     args = parser.parse_args()
@@ -108,7 +109,7 @@ def main():
         epochs = None
     what = f"{epochs} epochs" if epochs else f"{args.seconds} s"
     what += f", {args.away} ms away" * bool(args.away) + ", deep" * args.deep
-    what += ", searched" * args.searched
+    what += ", searched" * (args.searched and not args.deep)  # deep ones always are
     runs, results = Runs("compare", len(args.ways) * args.seeds), {}
     for seed, name in product(range(args.seeds), args.ways):
         get = partial(runs.get, f"{args.target} {name} {what}", seed)
