@@ -4,8 +4,8 @@ The networks: one layer of 24 below the cut, as in `make run`, and the same with
 noise; one of 3 to 48 below 64-64-1; and three layers of 64, with noise. Three functions: the
 default one, `waves` and `ripples`. In each network each way gets the same number of tries for its
 rates, momentum and warm-up, on a function that is not reported, and as many for what is its own
-(the head of a local loss, the oracle), on another one; at full length, once at 6 and once at 50
-updates. So the rates at 0 and 20 are those at 6, and those at 100 are those at 50.
+(the head of a local loss, the oracle), on another one; at full length, at 6, 20 and 50 updates.
+The rates at 0 are those at 6, and those at 100 are those at 50.
 examples/in_process.py holds everything else still: the same options give the same numbers, on a
 busy machine, too.
 
@@ -55,6 +55,7 @@ from train_input import mean_cosine, with_rates
 
 EPOCHS = 3  # 5,700 updates
 DELAYS = 0, 6, 20, 50, 100
+SEARCHED_DELAYS = 6, 20, 50
 WIDTHS = 3, 6, 12, 24, 48
 PERSISTENCE = 1, 3, 6, 20, 50
 SEARCHED = {"other": other_target, "another": another_target}  # for rates; for a way's own
@@ -151,10 +152,16 @@ def tries_of(network, way, best):
             *((each, ()) for each in more if own is None)]
 
 
-def search(pool, network, ways):
-    """{(way, delay): the rates and own options that came to the lowest MSE}."""
-    best = {(way, delay): None for way in ways
-            for delay in ((6, 50) if WAYS[way][1] else (None,))}
+def searched_for(way, delay):
+    """The delay at which the rates for this one are searched; None if it does not matter."""
+    if not WAYS[way][1]:
+        return None
+    return max((each for each in SEARCHED_DELAYS if each <= delay), default=SEARCHED_DELAYS[0])
+
+
+def search(pool, network, ways, delays):
+    """{(way, searched delay): the rates and own options that came to the lowest MSE}."""
+    best = {(way, searched_for(way, delay)): None for way in ways for delay in delays}
     for function in SEARCHED:
         cases = {((way, delay), tried): (network, tuple(WAYS[way][0]), function, delay, tried[0],
                                          SEARCH_SEED, tried[1])
@@ -169,10 +176,6 @@ def search(pool, network, ways):
 def tells(delay):
     """How a delay is named in a table."""
     return "–" if delay is None else delay
-
-
-def best_of(best, way, delay):
-    return best[way, (6 if delay < 50 else 50) if WAYS[way][1] else None]
 
 
 def persistence(function, network, delays):
@@ -247,11 +250,11 @@ def report(name, results, best, x_name):
 def delays(pool, args):
     results, chosen = {}, {}
     for network in args.networks:
-        best = search(pool, network, args.ways)
+        best = search(pool, network, args.ways, args.delays)
         cases = {}
         for way, function, seed in itertools.product(args.ways, args.functions, range(args.seeds)):
             for delay in args.delays if WAYS[way][1] else (None,):
-                rates, own = chosen[network, way, delay] = best_of(best, way, delay)
+                rates, own = chosen[network, way, delay] = best[way, searched_for(way, delay)]
                 cases[network, function, way, delay, seed] = (
                     network, tuple(WAYS[way][0]), function, delay, rates, seed, own)
         results |= of_all_seeds(pool, cases)
@@ -269,11 +272,11 @@ def widths(pool, args):
     """One layer of some width below 64-64-1, at 6 and 50 updates; local losses with each head."""
     cases, rows = {}, {}
     for width, network in NARROW.items():
-        best = search(pool, network, args.ways)
+        best = search(pool, network, args.ways, (6, 50))
         for way, function, seed, late in itertools.product(
                 args.ways, args.functions, range(args.seeds), (6, 50)):
             delay = late if WAYS[way][1] else None
-            rates, own = best_of(best, way, delay)
+            rates, own = best[way, delay]
             for head in ((), *HEADS) if way == "local loss" else (own,):
                 name = f"local loss, head {head_of(head)}" if way == "local loss" else way
                 cases[f"{late} updates late", function, name, width, seed] = (
