@@ -9,12 +9,12 @@ The rates at 0 are those at 6, and those at 100 are those at 50.
 examples/in_process.py holds everything else still: the same options give the same numbers, on a
 busy machine, too.
 
-A second table shows why exchange.centered() takes the mean out: the cosine of the true gradient at
-the cut with itself some updates later, for its mean over held-out examples and for the rest.
 --widths compares the networks of one layer below 64-64-1 instead. --hindsight tries to prove a
 verdict for guesses wrong: their opponents get the best of all rates on the very function and delay
-that is reported. Writes bench-delay.md, .png and bench-delay-persistence.md into benchmarks/, or
-bench-widths.md and .png, or bench-hindsight.md.
+that is reported. --persistence shows why exchange.centered() takes the mean out: the cosine of the
+true gradient at the cut with itself some updates later, for its mean over held-out examples and for
+the rest. Writes bench-delay.md and .png into benchmarks/, or bench-widths.md and .png, or
+bench-hindsight.md, or bench-persistence.md.
 """
 import concurrent.futures
 import itertools
@@ -178,7 +178,7 @@ def tells(delay):
     return "–" if delay is None else delay
 
 
-def persistence(function, network, delays):
+def changes(function, network):
     """The cosine of the true gradient at the cut, at held-out examples, with itself some updates
     later: for its mean over them, and for the rest. Plain SGD, from update 400 to 2,400."""
     loaded = data.load(*data_of(function, network))
@@ -198,7 +198,7 @@ def persistence(function, network, delays):
     means, rests = map(np.array, zip(*seen, strict=True))
     for what, all_g in (("mean", means), ("the rest", rests)):
         yield function, network, what, *(f"{mean_cosine(all_g[:-k], all_g[k:]):.2f}"
-                                         for k in delays)
+                                         for k in PERSISTENCE)
 
 
 def draw(figure, results, rows, columns, x_label):
@@ -262,10 +262,6 @@ def delays(pool, args):
     (KEPT / "bench-delay.png").write_bytes(png(
         draw, results, args.networks, args.functions, "delay of true gradients, updates",
         size=(10, 3 * len(args.networks) + 0.8), dpi=110))
-    table("bench-delay-persistence", ("function", "network", "true gradient", *(
-        f"{k} updates later" for k in PERSISTENCE)), [
-        row for network in args.networks for function in args.functions
-        for row in persistence(function, network, PERSISTENCE)])
 
 
 def widths(pool, args):
@@ -320,6 +316,13 @@ def hindsight(pool, args):
         (*row, *(said for _, said in cells.values())) for row, cells in best.items()])
 
 
+def persistence(_, args):
+    table("bench-persistence", ("function", "network", "true gradient", *(
+        f"{k} updates later" for k in PERSISTENCE)), [
+        row for network in args.networks for function in args.functions
+        for row in changes(function, network)])
+
+
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -327,16 +330,19 @@ def main():
     add("--functions", nargs="+", default=list(FUNCTIONS), choices=FUNCTIONS)
     add("--delays", type=int, nargs="+", default=DELAYS)
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    add("--widths", action="store_true", help="one layer of 3 to 48 below 64-64-1")
-    add("--hindsight", action="store_true",
-        help="give the opponents of guesses their best rates in each case")
+    modes = parser.add_mutually_exclusive_group()
+    for mode, what in ((widths, "one layer of 3 to 48 below 64-64-1"),
+                       (hindsight, "give the opponents of guesses their best rates in each case"),
+                       (persistence, "how fast the true gradient changes")):
+        modes.add_argument(f"--{mode.__name__}", dest="mode", action="store_const", const=mode,
+                           default=delays, help=what)
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (%(default)s)")
     args = parser.parse_args()
     for function, make in {**FUNCTIONS, **SEARCHED}.items():
         noisy_data(KEPT / function / "noisy", paths=make(KEPT / function))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        (widths if args.widths else hindsight if args.hindsight else delays)(pool, args)
+        args.mode(pool, args)
 
 
 if __name__ == "__main__":
