@@ -42,7 +42,7 @@ gradients it is applied when it has come back, and the part below waits rather t
     for another process       an answer, a refusal (4xx), a stop request, or --patience, see
                               process.until_answered. One try ends after 10 s without a byte
     for news, because of      the same. Meanwhile minibatches are thrown again every THROW_AGAIN s.
-    --staleness               A setting with which news could never come is refused at the start
+    --staleness               A bound too small for news to come is refused at the start
     for minibatches           news, or 0.2 s; then the loop checks whether to stop
     for weights, by a middle  one try; then 503, so that it is asked again
     part
@@ -113,15 +113,17 @@ class UpperEnd:
         """In a server's thread: whole minibatches. `every`: none may be skipped."""
         if every:
             self.refuse_more()  # before anything of it counts as having come
+        known = []
         for its_start, its_clock, columns in minibatches_of(clock, start, i, h, y, clock, start):
             if not self.replay.is_new(its_start, its_clock):
-                if self.back is not None:  # its gradient may be lost. An empty back may be falsy
-                    self.back.throw_again(its_clock - 1)
+                known.append(its_clock)
                 continue
             tell = None if self.back is None else partial(
                 send_down, its_clock, self.back.throw, *columns)
             self.queue("due" if every else "waiting", its_start,
                        Minibatch(*columns[:3], its_clock, tell))
+        if known and self.back is not None:  # gradients may be lost. An empty back may be falsy
+            self.back.throw_again(min(known) - 1)
 
     def ask(self, i, h, y, clock, start, tell):
         """In a server's thread: one minibatch, none of which is skipped. tell(g) gets its
@@ -152,7 +154,10 @@ class UpperEnd:
             self.changed.notify_all()
 
     def next(self, seconds=0):
-        """The next Minibatch, or None if there is none within so many seconds."""
+        """The next Minibatch, or None if there is none within so many seconds. Diverged if a
+        gradient that was thrown has."""
+        if error := getattr(self.back, "diverged", None):
+            raise error
         with self.changed:
             self.changed.wait_for(lambda: self.nudged or self.due or self.waiting
                                   or self.replay.allowed >= self.batch_size, seconds)
@@ -166,6 +171,8 @@ class UpperEnd:
                 self.rows[name] -= len(minibatch.h)
                 if start == self.replay.newest_start():
                     self.trained = later(self.trained, (start, minibatch.clock))
+                elif not due:  # of before a restart of the part below, which wants no gradient now
+                    minibatch = minibatch._replace(tell=None)
                 return minibatch
             drawn = self.replay.draw(self.batch_size, self.rng)
             return Minibatch(None, *drawn) if drawn else None

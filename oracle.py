@@ -179,15 +179,18 @@ class Oracle:
         return np.column_stack([h, y])
 
     def add(self, its_start, its_clock, waiting, i, h, y, clock, start, g):
-        """A minibatch to learn from: true gradients g at h, (batch, width). Twice counts once."""
-        inputs = self.inputs(h, y)
+        """A minibatch to learn from: true gradients g at h, (batch, width). What is thrown again
+        counts again if nothing as new was learned from, for it may be forgotten, or not enough."""
+        inputs, known = self.inputs(h, y), self.newest
         trace.flow_in("gradients", its_clock)
-        if self.examples.is_new(its_start, its_clock):
+        if (self.examples.is_new(its_start, its_clock) or not known or known[0] != its_start
+                or known[1] < its_clock):
             self.examples.add(inputs, g, clock, start)
 
     def train(self, seconds=0):
-        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so. The
-        newest are among them, so `newest` is the newest clock of the last arrival's start."""
+        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so.
+        What came last is among them. `newest` is the newest clock among them and before, of the
+        last start of the part below."""
         drawn = self.examples.draw(self.per_call, self.rng, seconds, newest_first=True)
         if not drawn:
             return False

@@ -64,7 +64,7 @@ def serve_part(app, arrivals, network, weights):
                 arrivals.ask(*columns, answer.set_result)  # may refuse; then it is asked again
                 answers[key] = answer
             answer = answers[key]
-            while len(answers) > serving.THREADS:
+            if len(answers) > serving.THREADS:
                 del answers[next(iter(answers))]
         try:
             g = answer.result(timeout=8)
@@ -153,8 +153,8 @@ class Above:
             check_partner(oracle, ("oracle",), width, k, self.oracle_name)
             check_oracle(oracle.needs, args.staleness, batch_size, num_examples)
             self.partners[self.oracle_name] = oracle
-        if self.source.every and args.staleness * batch_size > THROWN:
-            raise UserError(f"--staleness times --batch-size must be at most {THROWN} with "
+        if self.source.every and (args.staleness + 1) * batch_size > THROWN:
+            raise UserError(f"--staleness + 1 times --batch-size must be at most {THROWN} with "
                             f"--gradients {args.gradients}: so many examples can be on their way")
         self.network = above.network
         return k

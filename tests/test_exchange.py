@@ -334,6 +334,20 @@ def test_gradients_of_before_a_crash_that_come_late_do_not_hide_what_was_learned
     assert student.newest == (START, 2), "or the part below waits for ever for news of its start"
 
 
+def test_what_was_forgotten_before_it_was_learned_from_counts_when_it_is_thrown_again(cheap):
+    """Else the oracle would wait for news, and the part below for the oracle."""
+    student = new_oracle(keep=5, replay=2)
+    for clock in 9, 8, 4, 3, 2, 1, 0:  # the newest comes first
+        i, h, y, *marks = columns([0], clock)
+        student.add(START, clock, 0, i, h, y, *marks, np.ones_like(h))
+    while student.train():
+        pass
+    assert student.newest == (START, 4)
+    for _ in range(5):
+        teach(student, 8, 9)
+    assert student.newest == (START, 9)
+
+
 def test_what_an_oracle_has_learned_is_published_whole_and_counts_its_steps(cheap):
     student = new_oracle()
     h = np.zeros((3, 2), "f")
@@ -581,7 +595,7 @@ def test_shuffled_permutes_the_rows_of_the_guess():
     link.above.g = np.arange(100, dtype="f").reshape(50, 2)
     (g, _, tell), = step(link, 0, rows=50)
     centered = link.above.g - [49, 50]
-    assert (g != centered).any() and tell == 0
+    assert (g != centered).all() and tell == 0, "each example gets another one's"
     assert (np.sort(g, axis=0) == centered).all() and (g[:, 1] == g[:, 0]).all(), "rows stay whole"
 
 
