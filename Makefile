@@ -15,12 +15,10 @@ BROKEN := $(shell test ! -e $(VENV)/pyvenv.cfg || $(BIN)/python -c "" 2>/dev/nul
   test ! -e $(VENV)/ready || $(BIN)/python -c "import msgspec" 2>/dev/null; } || echo broken)
 
 run: x.npy
-	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) $(ARGS)
-	@$(BIN)/python plot.py
+	@$(BIN)/python -m plumbing.launch --draw x.npy y.npy --num-epochs $(EPOCHS) $(ARGS)
 
 chain: x.npy
-	@$(BIN)/python -m plumbing.launch x.npy y.npy --num-epochs $(EPOCHS) --parts $(PARTS) $(ARGS)
-	@$(BIN)/python plot.py
+	@$(BIN)/python -m plumbing.launch --draw x.npy y.npy --num-epochs $(EPOCHS) --parts $(PARTS) $(ARGS)
 
 try: EPOCHS = 4
 try: x.npy

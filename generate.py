@@ -11,7 +11,7 @@ plot.py calls target() to draw the function beside what was learned.
 """
 from pathlib import Path
 
-from plumbing import new_figure, options  # first, see there
+from plumbing import new_figure, options, runs  # first, see there
 from plumbing.errors import UserError, file_errors
 import numpy as np
 
@@ -106,8 +106,10 @@ def main():
             x, y, held_out = digits(args.digits)
             draw_digits(figure, x, y)
             about = f"MNIST's own test set comes last: train with --held-out {held_out}"
-        np.save(args.dir / "x.npy", x)
-        np.save(args.dir / "y.npy", y)
+        with (runs.replacing(args.dir / "x.npy") as x_file,
+              runs.replacing(args.dir / "y.npy") as y_file):
+            np.save(x_file, x)
+            np.save(y_file, y)
         figure.savefig(args.dir / "target.png", dpi=110)
     print(f"{len(x)} examples, {about}: x.npy, y.npy and target.png in {args.dir.resolve()}")
 

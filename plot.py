@@ -87,8 +87,10 @@ def draw_guess(figure, _, row, probe):
     g and ĝ, with an entry for each held-out example."""
     from matplotlib.tri import Triangulation
     g, guess = probe.get("g", np.zeros(0)), probe.get("guess", np.zeros(0))
-    if not (np.isfinite(g).all() and np.isfinite(guess).all() and g.any() and guess.any()):
-        raise NotDrawable("No guesses to draw: the snapshot holds none, or only zeros.")
+    if not (np.isfinite(g).all() and np.isfinite(guess).all() and g.any() and guess.any()
+            and len(g) > 2):
+        raise NotDrawable("No guesses to draw: the snapshot holds none, only zeros, or those of "
+                          "fewer than three examples.")
     tall, units = is_tall(figure), g.shape[1]
     axes = figure.subplots(*((units, 2) if tall else (2, units)), sharex=True, sharey=True,
                            squeeze=False)
@@ -181,7 +183,8 @@ def draw_run(folder, out):
     for old in (old for kind in KINDS for old in pictures.glob(f"{kind}_*.png")):
         old.unlink()
     paths = runs.snapshots(folder)
-    jobs = min(os.cpu_count(), len(paths) // 8)  # a few are drawn before other processes start
+    # a few are drawn before other processes have started; very many would fill the memory
+    jobs = min(os.cpu_count() or 1, 8, len(paths) // 8)
     with (ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1
           else contextlib.nullcontext()) as pool:
         done = (pool.map if pool else map)(draw_snapshot, paths, itertools.repeat(pictures))

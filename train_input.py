@@ -84,7 +84,8 @@ class Run:
         self.score, self.constant = task_of(self.k).score, data.constant_guess(loaded, task_of)
         layers = make_layers(args.layers, np.random.default_rng([args.seed, 1]), last=HIDDEN)
         self.part = Part(layers, args.progress_dir, seed=args.seed,
-                         held_out=len(loaded.x_test), data=loaded.digest)
+                         held_out=len(loaded.x_test), data=loaded.digest,
+                         gradients=args.gradients)
         self.link = LowerEnd(self.part, above, process.START, self.k, args,
                              np.random.default_rng([args.seed, 5]))
         self.examples, self.seconds, self.row, self.progress = 0, 0.0, {}, None
@@ -106,7 +107,7 @@ class Run:
             "seconds", "examples", "epoch", self.score, "gradient_cosine", "staleness",
             "staleness_p95", "waits", "waited", "updates"],
             {**vars(args), "token": None, "constant_guess": self.constant,
-             "seconds": self.phases, "machine": machine()}, args.resume)
+             "seconds": self.phases, "machine": machine()}, resumed)
 
     def save(self):
         bounded = self.link.bounded

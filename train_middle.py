@@ -7,7 +7,7 @@ its backprop gives at the lower link's oracle. The part above treats it like tra
 throws its own activations, and asks the upper link's oracle for a guess. So what it tells the lower
 oracle is not the true gradient. It is computed from a guess, or bootstrapped, as in the paper's
 networks with a synthetic gradient at every layer (section 2.1). With --gradients true or delayed in
-every part, true gradients go down from part to part.
+every part, true gradients go down from part to part, delayed ones centered at each cut.
 """
 from plumbing import options, runs, say  # first, see there
 import numpy as np
@@ -51,7 +51,7 @@ def main(args, stop):
     locked = runs.lock(args.progress_dir)  # noqa: F841
     rng = np.random.default_rng([args.seed, 6, *args.layers])
     layers = make_layers(args.layers, rng, last=HIDDEN, input_mean=HIDDEN.mean)
-    part, above = Part(layers, args.progress_dir), Above(args, stop)
+    part, above = Part(layers, args.progress_dir, gradients=args.gradients), Above(args, stop)
     if above.source.asks_oracle and args.oracle_server == args.lower_oracle_server:
         raise UserError(f"{args.oracle_server} is given as the oracle below and as the one above; "
                         "each link needs its own: --oracle-server names the one above, "
@@ -71,6 +71,7 @@ def main(args, stop):
 
     def weights():
         theirs, updates = PartClient(args.output_server, args.token).weights(above.network)
+        part.numbers["above"] = min(updates)  # for check_use() of a resumed run
         return part.weights()[0] + theirs, [part.clock, *updates]
 
     def add(*gradients):

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plumbing import options  # noqa: E402
+from plumbing.errors import UserError  # noqa: E402
 from plumbing.launch import STOP_SECONDS, command_lines, ending, parse, start  # noqa: E402
 from plumbing.live import Process  # noqa: E402
 
@@ -135,4 +136,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"on_ray: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

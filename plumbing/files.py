@@ -44,10 +44,13 @@ def lock(folder):
 
 
 def put_aside(path):
-    """Rename a file or folder: .1 comes before its suffix, or the next number that is free. Returns
-    the new path."""
+    """Rename a file or folder: .1 comes before a file's suffix, or the next number that is free.
+    Returns the new path."""
+    if not path.name:
+        raise UserError(f"the folder {path} cannot be renamed; --progress-dir chooses another one")
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     n = 1
-    while (free := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists():
+    while (free := path.with_name(f"{stem}.{n}{suffix}")).exists():
         n += 1
     with file_errors():
         return path.rename(free)

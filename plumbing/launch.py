@@ -3,7 +3,7 @@
     python -m plumbing.launch x.npy y.npy --num-epochs 8
     python -m plumbing.launch x.npy y.npy --num-epochs 8 --parts 2-24 24-12 12-1
 
-The first line is `make run`, the second one `make chain`.
+The first line is `make run`, the second one `make chain`, but for --draw.
 
 The run ends when any process but the live page ends. Ctrl-C stops the input trainer first,
 because its last snapshot needs the others. A second Ctrl-C stops all of them at the same time.
@@ -64,6 +64,7 @@ def parse(argv):
     add("--first-port", type=options.number(int, 1, 65000), default=5001,
         help="the lowest oracle's; the others' follow (%(default)s)")
     add("--allow-host", **options.SHARED["allow_host"], default=[])
+    add("--draw", action="store_true", help="draw this run's pictures at its end")
     add("--port", type=options.number(int, 1, 65535), help="the input trainer's (--first-port + 2)")
     args, args.rest = parser.parse_known_args(argv)
     given = {name: vars(args)[name[2:].replace("-", "_")] for name in ("--batch-size", *LOWER)}
@@ -240,4 +241,6 @@ if __name__ == "__main__":
         sys.exit(code)
     usual = all(vars(args)[name] == default for name, default in vars(parse([])).items()
                 if name in ("parts", "labels", "oracle_layers", "lower", "trainers"))
-    print(*report.summary(args.progress_dir, usual), sep="\n")
+    print(*report.summary(args.progress_dir, usual), sep="\n", flush=True)
+    if args.draw:
+        sys.exit(subprocess.call([sys.executable, "plot.py", args.progress_dir]))

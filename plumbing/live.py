@@ -13,7 +13,7 @@ import flask
 import msgspec
 
 from plumbing import options, runs, say, serving
-from plumbing.errors import NoAnswer, Refused
+from plumbing.errors import Refused
 from plumbing.wire import Client
 
 TIMEOUT = 2                    # seconds to wait for a process
@@ -37,7 +37,7 @@ class Process:
         try:
             answer = Client(self.address, self.token, TIMEOUT).call("GET", "/status")
             status = msgspec.json.decode(answer, type=dict)
-        except (NoAnswer, Refused, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        except (ValueError, msgspec.DecodeError, RecursionError):
             return None
         kind = status.get("process")
         if not isinstance(kind, str) or not (self.further or kind == self.kind):

@@ -53,9 +53,3 @@ class Proxy:
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # or accept() goes on, on Linux
         self.socket.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()

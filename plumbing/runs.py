@@ -226,7 +226,7 @@ class Checkpoint:
     def resume(self, layers, **same):
         """Fills the layers and returns the numbers: {} where there is no checkpoint.
 
-        UserError if the layers differ, or one of the numbers that must be the `same`.
+        UserError if the layers differ, or one of the values that must be the `same`.
         """
         if not self.path.exists():
             say(f"no {self.path}: starting afresh")
@@ -242,13 +242,13 @@ class Checkpoint:
                  for n, layer in enumerate(layers) for part in self.PARTS}
         fits = all(array is not None and array.shape == getattr(*where).shape
                    for where, array in parts.items())
-        if not fits or any(array.ndim for array in arrays.values()):
-            raise UserError(f"--resume: {self.path} is of a run with other --layers")
-        numbers = {name: array.item() for name, array in arrays.items()}
+        numbers = {name: array.item() for name, array in arrays.items() if not array.ndim}
         for name, value in same.items():
             if numbers.pop(name, value) != value:
-                raise UserError(f"--resume: {self.path} is of a run with another {name}; give the "
-                                 "same one, or start a new run without --resume")
+                raise UserError(f"--resume: {self.path} is of a run that differs in {name}; give "
+                                "the same, or start a new run without --resume")
+        if not fits or any(array.ndim for array in arrays.values()):
+            raise UserError(f"--resume: {self.path} is of a run with other --layers or --head")
         for where, array in parts.items():
             setattr(*where, array)
         return numbers

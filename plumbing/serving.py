@@ -126,11 +126,12 @@ def listen(args):
         family, *_, address = min(found)  # IPv4 first
         both = args.host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
-    except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
+    except (OSError, UnicodeError) as error:  # the latter if it can be no host's name
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
         cure = (f"{holder(where)} Stop it, or choose another --port" if taken else
                 "--host takes an address of this machine, --port one that you may use")
-        raise UserError(f"cannot listen on {where}: {error.strerror}. {cure}") from None
+        why = getattr(error, "strerror", error)
+        raise UserError(f"cannot listen on {where}: {why}. {cure}") from None
 
 
 class JsonErrorTask(ErrorTask):

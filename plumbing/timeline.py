@@ -194,7 +194,7 @@ def far(words, option):
         return contextlib.nullcontext()
     slow = proxy.Proxy(int(target.rpartition(":")[2]), AWAY)
     words += [option, f"127.0.0.1:{slow.port}"]  # the last one counts
-    return slow
+    return contextlib.closing(slow)
 
 
 def main(argv):
@@ -216,6 +216,7 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        with file_errors():
+            sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"plumbing.timeline: {error}")

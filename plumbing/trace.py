@@ -20,6 +20,7 @@ import os
 import threading
 import time
 import zlib
+from pathlib import Path
 
 from plumbing import say
 
@@ -108,6 +109,7 @@ def write():
     if not recorder:
         return
     try:
+        Path(recorder.path).parent.mkdir(parents=True, exist_ok=True)
         with open(f"{recorder.path}.tmp", "w", encoding="utf-8") as file:
             file.write(json.dumps({"traceEvents": events()}, default=int))  # NumPy's numbers
         os.replace(file.name, recorder.path)

@@ -138,6 +138,7 @@ class Client:
             address = parse_url(server if "//" in server else f"http://{server}")
             if address.scheme != "http" or not address.host or not (address.port or self.port):
                 raise ValueError
+            address.host.encode("idna")  # UnicodeError, a ValueError, if it can be no host's name
         except ValueError:
             raise UserError(f"{server}: expected a server's address like "
                              f"127.0.0.1:{self.port or 5003}") from None
@@ -189,6 +190,6 @@ def holder(address):
     except Refused as error:
         if "--token-file" in str(error):
             return "A process of another run, which asks for a token, answers there."
-    except (UserError, msgspec.DecodeError, LookupError, ValueError):
+    except (msgspec.DecodeError, LookupError, ValueError):
         pass
     return "Another program, or a process of another run that does not answer, listens there."

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import sgd
+import generate
 from generate import digits, sample
 from plumbing import data
 from plumbing.errors import FileError, UserError
@@ -328,3 +329,12 @@ def test_bad_data_is_one_line_and_exit_code_2(script, tmp_path):
     line, = log.read_text().splitlines()
     assert line.startswith(f"{script}: ") and "np.unique" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_examples_that_cannot_be_written_leave_the_old_ones_as_a_pair(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", X)
+    (tmp_path / "y.npy.tmp").mkdir()  # so that y.npy cannot be written
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--num-examples", "5", "--dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        generate.main()
+    assert stopped.value.code == 2 and (np.load(tmp_path / "x.npy") == X).all()

@@ -105,6 +105,34 @@ def test_what_an_upper_end_says_of_itself():
     assert upper.line() == ("12,020 examples received, 1,120 minibatches skipped, 7 gradients sent")
 
 
+def test_what_waits_of_before_a_restart_of_the_part_below_sends_no_gradient():
+    """Or an Outbox would keep that one to throw again, in place of a newer start's."""
+    upper = make_upper(back=Outbox())
+    arrive(upper, 880, start=BEFORE)
+    arrive(upper, 0)
+    assert [(each.clock, each.tell is None) for each in iter(upper.next, None)] == [
+        (0, False), (880, True)]
+    assert upper.trained == (START, 0)
+
+
+def test_all_gradients_of_a_message_that_came_before_are_thrown_again():
+    upper = make_upper(back=Outbox())
+    arrive(upper, 0, 1, 2)
+    for minibatch in iter(upper.next, None):
+        minibatch.tell(np.ones((10, 3), "f"))
+    upper.back.next_message()
+    upper.add(*map(np.concatenate, zip(*(columns(range(10), clock) for clock in (1, 2)),
+                                       strict=True)))
+    assert sorted(set(upper.back.next_message()[3])) == [1, 2]
+
+
+def test_a_gradient_that_diverged_on_its_way_down_ends_the_loop_above_though_nothing_comes():
+    upper = make_upper(back=Outbox())
+    upper.back.diverged = Diverged("too large")
+    with pytest.raises(Diverged):
+        upper.next()
+
+
 def test_what_is_new_in_a_message_counts_though_it_begins_with_what_is_known():
     upper = make_upper()
     arrive(upper, 0)
@@ -413,6 +441,7 @@ def test_of_a_message_that_is_known_in_part_an_oracle_adds_only_the_rest(cheap):
     student = new_oracle(batch_size=100)
     assert provide(student.add, None, columns(range(10), 1), columns(range(9), 2)) == 200
     assert student.examples.received == 19
+    student.newest = START, 3  # what was learned from does not count again
     for _ in range(2):
         provide(student.add, None, columns(range(9), 2), columns(range(5), 3))
     provide(student.add, None, columns(range(9), 2, start=BEFORE))
@@ -501,8 +530,8 @@ def make_above(above=None, oracle=None, **changed):
     ({}, {"needs": 80}, {}, None),
     ({}, {"needs": 81}, {"gradients": "true"}, None),
     ({}, {"user": "mallory"}, {"gradients": "local"}, None),
-    ({}, {}, {"batch_size": 1001, "gradients": "delayed"}, f"at most {THROWN} with --gradients d"),
-    ({}, {}, {"batch_size": 1000, "gradients": "delayed"}, None),
+    ({}, {}, {"batch_size": 953, "gradients": "delayed"}, f"at most {THROWN} with --gradients d"),
+    ({}, {}, {"batch_size": 952, "gradients": "delayed"}, None),
     ({}, {}, {"batch_size": 500_000}, "--batch-size must be at most")])
 def test_partners_that_do_not_fit_are_refused_with_what_to_do(above, oracle, changed, message):
     made = make_above(status(**above), oracle_status(**oracle), **changed)
@@ -1000,16 +1029,16 @@ def test_the_cosine_of_zero_gradients_is_zero_and_not_an_error():
     assert train_input.mean_cosine(g, 5 * g) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("changed", ["seed", "held_out", "data"])
-def test_resume_with_another_seed_or_held_out_or_data_is_one_clear_error(
+@pytest.mark.parametrize("changed", ["seed", "held_out", "data", "gradients"])
+def test_resume_with_other_options_or_data_is_one_clear_error(
         changed, make_run, tmp_path, small_data, monkeypatch):
     run = finish(make_run())
     run.progress.locked.close()
     before, y = (tmp_path / "progress" / "run.json").read_text(), np.load(small_data[1])
     np.save(tmp_path / "y.npy", np.where(np.arange(len(y)) == 17, 0, y))
     other = {"seed": {"seed": 1}, "held_out": {"held_out": 201},
-             "data": {"y": tmp_path / "y.npy"}}[changed]
-    with pytest.raises(UserError, match=f"--resume: .* of a run with another {changed}"):
+             "data": {"y": tmp_path / "y.npy"}, "gradients": {"gradients": "local"}}[changed]
+    with pytest.raises(UserError, match=f"--resume: .* of a run that differs in {changed}"):
         run_main(monkeypatch, OneAbove(), input_options(tmp_path, small_data, resume=True, **other))
     assert (tmp_path / "progress" / "run.json").read_text() == before
 
@@ -1020,3 +1049,11 @@ def test_without_a_checkpoint_that_is_wanted_a_run_is_new(resume, checkpoint, ma
     if checkpoint:
         finish(make_run())
     assert make_run(resume=resume).above.resumed is False
+
+
+def test_a_resumed_run_without_its_checkpoint_does_not_go_on_with_its_rows(make_run):
+    run = finish(make_run())
+    run.progress.locked.close()
+    run.part.checkpoint.path.unlink()
+    again = make_run(resume=True)
+    assert again.progress.rows == [] and "resumed" not in again.progress.options

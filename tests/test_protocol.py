@@ -268,7 +268,7 @@ def test_a_dead_server_is_no_answer_and_a_bad_address_is_an_error():
         PartClient("[::1]:1").status()
     assert OracleClient("localhost").url == "http://localhost:5001"
     assert PartClient("localhost").url.endswith(":5002")
-    for bad in ("ftp://host:1", "http://", "host:port"):
+    for bad in ("ftp://host:1", "http://", "host:port", "192.168..5:1", ".lab:1", f"{'a' * 64}:1"):
         with pytest.raises(ValueError, match="expected a server's address"):
             PartClient(bad)
 

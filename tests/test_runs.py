@@ -293,6 +293,15 @@ def test_what_cannot_be_moved_aside_is_one_clear_error(tmp_path, monkeypatch):
             move()
 
 
+def test_a_number_in_a_folders_name_stays_when_it_is_put_aside(tmp_path, monkeypatch):
+    for aside in "rate0.3.1", "rate0.3.2":
+        runs.Progress(tmp_path / "rate0.3", ["seconds"], {}).locked.close()
+        assert runs.put_aside(tmp_path / "rate0.3") == tmp_path / aside
+    monkeypatch.chdir(tmp_path / "rate0.3.1")
+    with pytest.raises(UserError, match="cannot be renamed; --progress-dir chooses"):
+        runs.Progress(".", ["seconds"], {})
+
+
 def test_how_a_run_ended_is_in_run_json(tmp_path):
     for error, how in ((None, "finished"), (KeyboardInterrupt(), "stopped"),
                        (FloatingPointError("diverged"), "stopped: diverged")):
@@ -355,7 +364,7 @@ def test_a_checkpoint_of_another_run_is_one_clear_error_and_changes_no_layer(nam
     same, checkpoint = {"seed": 0, "held_out": 200, "data": 12345}, runs.Checkpoint(tmp_path)
     checkpoint.save(make_layers([3, 1], np.random.default_rng(1)), **same, updates=7)
     before = layers[0].w.copy()
-    with pytest.raises(ValueError, match=f"is of a run with another {name}; give the same one"):
+    with pytest.raises(ValueError, match=f"is of a run that differs in {name}; give the same"):
         checkpoint.resume(layers, **{**same, name: 1})
     assert (layers[0].w == before).all()
     assert checkpoint.resume(layers, **same) == {"updates": 7}

@@ -425,6 +425,8 @@ def test_a_port_that_is_taken_is_one_error_that_says_who_has_it(serve):
         port = serve(make_app(token=token), token=token)
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: .*{who}"):
             serving.listen(args(port=port))
+    with pytest.raises(UserError, match="cannot listen on 192.168..5:5001"):
+        serving.listen(args(host="192.168..5", port=5001))
     with pytest.raises(UserError, match="cannot listen on no.such.host.invalid:5001"):
         serving.listen(args(host="no.such.host.invalid", port=5001))
 

@@ -1,5 +1,6 @@
 """Traces: what a process writes, how several are joined, and the picture of two runs."""
 import collections
+import contextlib
 import json
 import socket
 import subprocess
@@ -177,9 +178,16 @@ def test_an_array_is_a_key_that_both_ends_know(tmp_path):
 
 
 def test_a_disk_that_is_full_does_not_end_the_run(tmp_path, capsys):
-    trace.start(tmp_path / "no folder" / "a.json", "oracle")
+    (tmp_path / "file").touch()
+    trace.start(tmp_path / "file" / "a.json", "oracle")
     trace.write()
     assert "no trace: " in capsys.readouterr().err
+
+
+def test_the_folder_of_a_trace_is_made(tmp_path):
+    trace.start(tmp_path / "new" / "a.json", "oracle")
+    trace.write()
+    assert (tmp_path / "new" / "a.json").exists()
 
 
 class Process:
@@ -312,7 +320,7 @@ def test_join_does_not_hide_an_arrow_that_goes_back_in_time(tmp_path):
 def test_a_slow_network_delays_each_direction_and_keeps_the_order():
     with socket.create_server(("127.0.0.1", 0)) as server:
         slow = Proxy(server.getsockname()[1], 0.05)
-        with slow, socket.create_connection(("127.0.0.1", slow.port)) as near:
+        with contextlib.closing(slow), socket.create_connection(("127.0.0.1", slow.port)) as near:
             far = server.accept()[0]
             with far:
                 began = time.monotonic()
