@@ -58,7 +58,7 @@ SINGLE = {"mini-batch SGD, one process": ["--batch-size", 100, "--momentum", 0.9
 MINUTE = 60
 DEEP = {"oracle": ["--layers", 64, 64, 64, 64], "output": ["--layers", 64, 64, 1],
         "input": ["--layers", 10, 64, 64, 64]}
-# layer 1's rate, momentum and warm-up, the oracle's rate: what bench-delay found at 20 updates
+# layer 1's rate, momentum and warm-up, the oracle's rate: what bench-delay found at 6 updates
 SEARCHED = {"true": (20, 0.9, 1000), "true, delayed": (5, 0.9, 0), "local loss": (20, 0.9, 1000),
             "guesses with labels, capable oracle": (20, 0.9, 1000, 0.002)}
 # found before 60 without momentum was tried, which is better for local losses and guesses
@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--deep", action="store_true",
                         help="three layers below the cut, at searched rates")
     parser.add_argument("--searched", action="store_true",
-                        help="rates that bench-delay found at 20 updates, in place of the defaults")
+                        help="rates that bench-delay found at 6 updates, in place of the defaults")
     args = parser.parse_args()
     rates = DEEP_SEARCHED if args.deep else SEARCHED if args.searched else {}
     data, epochs = FUNCTIONS[args.target](KEPT / args.target), args.epochs
