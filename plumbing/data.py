@@ -110,8 +110,8 @@ def targets(y, path):
     if k < 2 or not np.array_equal(classes, np.arange(k)):
         raise UserError(
             f"{path} holds integers from {classes[0]} to {classes[-1]}. Integers are class labels: "
-            "expected 0 … k − 1 of two classes at least, each at least once. If they are labels, "
-            "save np.unique(y, return_inverse=True)[1]; if they are numbers, y.astype(float)")
+            "expected 0 … k − 1, each at least once, k ≥ 2. If they are labels, save "
+            "np.unique(y, return_inverse=True)[1]; if they are numbers, y.astype(float)")
     return y[:, None] == classes
 
 

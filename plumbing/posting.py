@@ -7,7 +7,7 @@ import numpy as np
 from plumbing import say
 from plumbing.errors import Diverged
 
-THROWN = 20_000  # examples that an Outbox holds at most
+THROWN = 25_000  # examples that an Outbox holds at most; 21 minibatches of 1,000 fit
 MAX_BYTES = 2**22  # of arrays in a message, and one minibatch more
 PAUSE = 0.008    # seconds between posts: what is thrown meanwhile shares one request
 TRY_AGAIN = 0.5  # seconds until a post that failed is followed by the next one

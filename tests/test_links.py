@@ -530,8 +530,8 @@ def make_above(above=None, oracle=None, **changed):
     ({}, {"needs": 80}, {}, None),
     ({}, {"needs": 81}, {"gradients": "true"}, None),
     ({}, {"user": "mallory"}, {"gradients": "local"}, None),
-    ({}, {}, {"batch_size": 953, "gradients": "delayed"}, f"at most {THROWN} with --gradients d"),
-    ({}, {}, {"batch_size": 952, "gradients": "delayed"}, None),
+    ({}, {}, {"batch_size": 1191, "gradients": "delayed"}, f"at most {THROWN} with --gradients d"),
+    ({}, {}, {"batch_size": 1190, "gradients": "delayed"}, None),
     ({}, {}, {"batch_size": 500_000}, "--batch-size must be at most")])
 def test_partners_that_do_not_fit_are_refused_with_what_to_do(above, oracle, changed, message):
     made = make_above(status(**above), oracle_status(**oracle), **changed)
