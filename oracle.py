@@ -180,17 +180,15 @@ class Oracle:
 
     def add(self, its_start, its_clock, waiting, i, h, y, clock, start, g):
         """A minibatch to learn from: true gradients g at h, (batch, width). What is thrown again
-        counts again if nothing as new was learned from, for it may be forgotten, or not enough."""
-        inputs, known = self.inputs(h, y), self.newest
+        counts again if nothing as new was learned from: it may be forgotten, or not enough."""
+        inputs, this = self.inputs(h, y), (its_start, its_clock)
         trace.flow_in("gradients", its_clock)
-        if (self.examples.is_new(its_start, its_clock) or not known or known[0] != its_start
-                or known[1] < its_clock):
+        if self.examples.is_new(*this) or later(self.newest, this) != self.newest:
             self.examples.add(inputs, g, clock, start)
 
     def train(self, seconds=0):
-        """STEPS minibatches, if so many are allowed within so many seconds. Whether it was so.
-        What came last is among them. `newest` is the newest clock among them and before, of the
-        last start of the part below."""
+        """STEPS minibatches, if so many are allowed within so many seconds; whether it was so. What
+        came last is among them. `newest` is the newest of the part below's last start."""
         drawn = self.examples.draw(self.per_call, self.rng, seconds, newest_first=True)
         if not drawn:
             return False
