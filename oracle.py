@@ -179,8 +179,7 @@ class Oracle:
         return np.column_stack([h, y])
 
     def add(self, its_start, its_clock, waiting, i, h, y, clock, start, g):
-        """A minibatch to learn from: true gradients g at h, (batch, width). What is thrown again
-        counts again if nothing as new was learned from: it may be forgotten, or not enough."""
+        """True gradients g at h, (batch, width). They count again while none as new was learned."""
         inputs, this = self.inputs(h, y), (its_start, its_clock)
         trace.flow_in("gradients", its_clock)
         if self.examples.is_new(*this) or later(self.newest, this) != self.newest:
