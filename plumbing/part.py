@@ -17,7 +17,7 @@ class Part:
     """Layers, how many minibatches they were trained on, and what a checkpoint holds of them.
 
     The training loop alone writes to it. Other threads call weights(), and read numbers. folder:
-    where the checkpoint is; None: nowhere. same: numbers that a resumed run must share.
+    where the checkpoint is; None: nowhere. same: values that a resumed run must share.
     """
 
     def __init__(self, layers, folder=None, **same):

@@ -20,9 +20,8 @@ import os
 import threading
 import time
 import zlib
-from pathlib import Path
 
-from plumbing import say
+from plumbing import runs, say
 
 LAST = 20_000  # spans and ends of arrows together; the input trainer's last 2,000 updates or so
 NOTHING = contextlib.nullcontext()
@@ -109,10 +108,8 @@ def write():
     if not recorder:
         return
     try:
-        Path(recorder.path).parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{recorder.path}.tmp", "w", encoding="utf-8") as file:
-            file.write(json.dumps({"traceEvents": events()}, default=int))  # NumPy's numbers
-        os.replace(file.name, recorder.path)
+        with runs.replacing(recorder.path) as file:  # default: of NumPy's numbers
+            file.write(json.dumps({"traceEvents": events()}, default=int).encode())
     except OSError as error:  # at the end of a run, which is not to fail for this
         say(f"no trace: {error}")
 

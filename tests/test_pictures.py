@@ -140,13 +140,13 @@ def test_the_animation_pauses_at_its_end_and_has_at_most_40_frames(tmp_path):
     assert len(durations) == 40 and durations[-1] >= 5 * max(durations[:-1])
 
 
-@pytest.mark.processes
 def test_guesses_at_two_points_span_no_surface_and_it_says_so():
     probe = dict.fromkeys(("x", "g", "guess"), np.eye(2, dtype="f"))
     with pytest.raises(plot.NotDrawable, match="fewer than three examples"):
         plot.draw_guess(None, [], {"seconds": 0.0, "examples": 0}, probe)
 
 
+@pytest.mark.processes
 def test_guesses_are_drawn_beside_the_true_gradients_where_a_snapshot_holds_them(tmp_path):
     nothing = {**a_probe(), "guess": np.zeros((200, 4))}  # an oracle that has not learned yet
     write_run(tmp_path / "progress", [2, 5, 1],

@@ -61,7 +61,8 @@ DEEP = {"oracle": ["--layers", 64, 64, 64, 64], "output": ["--layers", 64, 64, 1
 # layer 1's rate, momentum and warm-up, the oracle's rate: what bench-delay found at 6 updates
 SEARCHED = {"true": (20, 0.9, 1000), "true, delayed": (5, 0.9, 0), "local loss": (20, 0.9, 1000),
             "guesses with labels, capable oracle": (20, 0.9, 1000, 0.002)}
-# found before 60 without momentum was tried, which is better for local losses and guesses
+# found before 60 without momentum was tried, which is better for local losses and guesses, and
+# before late gradients were searched at 20 updates, where 0.07 is better for them
 DEEP_SEARCHED = {"true": (6, 0.9, 1000), "true, delayed": (0.6, 0.9, 0), "zero": (1, 0, 0),
                  "local loss": (3, 0.9, 1000),
                  **{name: (3, 0.9, 1000, 0.002) for name in WAYS if "guesses" in name}}
